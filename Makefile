@@ -1,0 +1,30 @@
+# Each target is complete on its own: it installs into .venv what is missing, then runs.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint
+
+PY := .venv/bin/python
+DEMO := runs/demo
+
+help:
+	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
+	@echo "make test      lint, types and tests (SLOW=0 leaves the slow tests out)"
+	@echo "make install   only make .venv"
+
+install:
+	@bash .ci/install
+
+demo: install
+	@rm -rf $(DEMO)
+	@for method in baseline cutmix idml-cutmix; do \
+		$(PY) train_cls.py --config configs/quick/fashion_mnist_mini.yaml --method $$method \
+			--output-dir $(DEMO)/$$method || exit $$?; \
+	done
+	@$(PY) -m idml table $(DEMO)/baseline $(DEMO)/cutmix $(DEMO)/idml-cutmix
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	$(PY) -m pytest --cov --cov-report=term $(if $(filter 0,$(SLOW)),-m "not slow")

@@ -1,0 +1,35 @@
+"""Augmentations of a batch tensor on its own device.
+
+Every operation comes in two halves: ``sample_*`` draws parameters from an explicit generator on the CPU, so that the
+draws are the same on every device, and ``apply_*`` is a pure function of the batch and those parameters.
+"""
+
+from augment.color import denormalise, normalise
+from augment.geometry import apply_crop, apply_flip, sample_crop, sample_flip
+from augment.mixing import (
+    CutmixParams,
+    MixedBatch,
+    MixupParams,
+    apply_cutmix,
+    apply_mixup,
+    mixed_cross_entropy,
+    sample_cutmix,
+    sample_mixup,
+)
+
+__all__ = [
+    "CutmixParams",
+    "MixedBatch",
+    "MixupParams",
+    "apply_crop",
+    "apply_cutmix",
+    "apply_flip",
+    "apply_mixup",
+    "denormalise",
+    "mixed_cross_entropy",
+    "normalise",
+    "sample_crop",
+    "sample_cutmix",
+    "sample_flip",
+    "sample_mixup",
+]

@@ -1,0 +1,182 @@
+"""From YAML file and command line to one typed config; every mistake becomes a UserError of one line.
+
+A config is a keyword-only dataclass whose fields are made with ``option``. jsonargparse does the typing because it
+holds YAML values and flags to the same types, knows Optional, Literal and lists, and is actively released.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from idml.errors import UserError, nearest
+
+ConfigT = TypeVar("ConfigT")
+
+
+def option(default: Any, help: str, *aliases: str) -> Any:
+    """A config field: its default, its one-line help, and further spellings of its flag (``"-j"``)."""
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases})
+
+
+def _element_type(annotation: Any) -> Any:
+    """``list[int]`` and ``list[int] | None`` -> int; anything else -> None."""
+    for candidate in (annotation, *get_args(annotation)):
+        if get_origin(candidate) is list:
+            return get_args(candidate)[0]
+    return None
+
+
+def build_parser(config_class: type, *, prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser with a flag per field of ``config_class``, in both spellings, plus ``--config``, ``--print-config``."""
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", type=str, default=None, help="YAML file with any of the keys below")
+    parser.add_argument("--print-config", "--print_config", action="store_true", help="print the resolved config, exit")
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flags = list(dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"]))
+        flags += field.metadata["aliases"]
+        annotation = hints[field.name]
+        default = field.default
+        help_text = field.metadata["help"].replace("%", "%%")
+        if annotation is bool:
+            yes_no = jsonargparse.ActionYesNo(no_prefix="no-")
+            parser.add_argument(*flags, action=yes_no, nargs="?", default=default, help=help_text)
+        elif (element := _element_type(annotation)) is not None:
+            parser.add_argument(*flags, type=element, nargs="+", default=default, help=help_text)
+        else:
+            parser.add_argument(*flags, type=annotation, default=default, help=help_text)
+    return parser
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values a Literal (or an optional one) allows; empty for other types."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(choice for part in get_args(annotation) for choice in _choices(part))
+    return ()
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as a user would say it: ``int``, ``a, b or c``, ``float or null``."""
+    if choices := _choices(annotation):
+        return "one of " + ", ".join(choices)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _readable(message: str, config_class: type) -> str:
+    """The parser's error as one line that names the flag, what was expected and what was got."""
+    hints = get_type_hints(config_class)
+    message = " ".join(message.split())
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        given = unknown.group(1).split("=")[0]
+        known = [name.replace("_", "-") for name in hints]
+        return f"unknown option {given}{nearest(given.lstrip('-').replace('_', '-'), known)}"
+    if bad := re.search(r'Parser key "(\w+)".*(?:Got value|Given value): (.*)$', message):
+        key, value = bad.groups()
+        choices = _choices(hints[key])
+        hint = nearest(value, choices) if choices else ""
+        return f"--{key.replace('_', '-')}: expected {_type_name(hints[key])}, got {value!r}{hint}"
+    return message
+
+
+def _parse(parse: Callable[[], Any], config_class: type, where: str) -> dict[str, Any]:
+    """The values that ``parse`` finds set, by field name; the parser's own printing is kept off the terminal."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return vars(parse())
+    except argparse.ArgumentError as error:
+        raise UserError(where + _readable(str(error), config_class)) from None
+
+
+def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Values of a YAML config file, checked against the fields of ``config_class``.
+
+    Raises:
+        UserError: no such file, not a YAML mapping, an unknown key (with the nearest right name), or a bad value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: expected a YAML mapping of option: value, got a {type(values).__name__}")
+    hints = get_type_hints(config_class)
+    normalised = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(name, hints)}")
+        if value is False and "off" in _choices(hints[name]):
+            value = "off"  # YAML 1.1 reads a bare `off` as false
+        if value is None:
+            if type(None) not in get_args(hints[name]):
+                raise UserError(f"{path}: {key}: expected {_type_name(hints[name])}, got null")
+        elif _element_type(hints[name]) is not None and not isinstance(value, list):
+            raise UserError(f"{path}: {key}: expected a list, got {value!r}")
+        elif hints[name] is bool and not isinstance(value, bool):
+            raise UserError(f"{path}: {key}: expected true or false, got {value!r}")
+        normalised[name] = value
+    parser = build_parser(config_class, prog="", description="")
+    return _parse(lambda: parser.parse_object(normalised, defaults=False), config_class, f"{path}: ")
+
+
+def parse_command_line(
+    config_class: type, argv: Sequence[str], *, prog: str, description: str
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Values from ``--config`` and from the flags, each holding only what was really given.
+
+    Flags may be spelled with ``-`` or ``_``. ``--help`` prints and exits with 0.
+
+    Returns:
+        (values of the file, values of the flags, whether ``--print-config`` was given).
+
+    Raises:
+        UserError: unknown option (with the nearest right name), bad value, unreadable file.
+    """
+    parser = build_parser(config_class, prog=prog, description=description)
+    if any(argument in ("-h", "--help") for argument in argv):
+        parser.print_help()
+        raise SystemExit(0)
+    spelled = [_underscore_flag(argument) for argument in argv]
+    flags = _parse(lambda: parser.parse_args(spelled, defaults=False), config_class, "")
+    file = flags.pop("config", None)
+    print_config = bool(flags.pop("print_config", False))
+    return (read_config_file(file, config_class) if file else {}), flags, print_config
+
+
+def _underscore_flag(argument: str) -> str:
+    """``--no_nesterov`` -> ``--no-nesterov``, ``--mix_prob=1`` -> ``--mix-prob=1``: one spelling for all flags."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """An instance of ``config_class`` with ``values`` over its defaults."""
+    return config_class(**values)
+
+
+def dump_config(config: Any) -> str:
+    """The config as YAML that ``--config`` reads back to an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

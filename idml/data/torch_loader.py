@@ -1,0 +1,141 @@
+"""The loader that needs nothing but torch and torchvision: arrays in memory, or files decoded by worker processes.
+
+Contract of every loader: ``len(loader)`` batches; ``loader.epoch(e)`` yields ``(images, labels)``, images uint8
+(b, 3, S, S), labels int64 (b,); the order in training depends on seed and epoch alone; evaluation is in the data set's
+order with the last partial batch kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from idml.data.crops import random_resized_crop
+from idml.data.image_dataset import ImageDataset, read_rgb
+from idml.data.sampling import eval_batches, num_train_batches, train_batches
+from idml.errors import TrainingError
+
+EVAL_RESIZE = 256 / 224
+"""At evaluation the shorter side becomes this times the input size, then the centre is cropped (He et al. 2016)."""
+
+CROP_SCALE = (0.08, 1.0)
+"""Share of the area in a random resized crop (Szegedy et al. 2015; torchvision's default)."""
+
+
+class _Batches(Dataset):
+    """Fetches whole batches: one array lookup for images in memory, else one decoded file after the other."""
+
+    def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int) -> None:
+        self.dataset, self.image_size, self.train, self.seed = dataset, image_size, train, seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        epoch, indices = keys[0][0], np.array([index for _, index in keys])
+        labels = torch.from_numpy(self.dataset.labels[indices])
+        if self.dataset.images is not None:
+            images = torch.from_numpy(self.dataset.images[indices]).permute(0, 3, 1, 2)
+            return images.expand(-1, 3, -1, -1).contiguous(), labels
+        return torch.stack([self._decode(int(index), epoch) for index in indices]), labels
+
+    def _decode(self, index: int, epoch: int) -> Tensor:
+        """(3, S, S) uint8: random resized crop in training, resize and centre crop at evaluation."""
+        assert self.dataset.paths is not None
+        try:
+            image = read_rgb(self.dataset.paths[index])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise TrainingError(f"{self.dataset.paths[index]} could not be read during training: {error}") from None
+        size = [self.image_size, self.image_size]
+        if self.train:
+            top, left, height, width = random_resized_crop(
+                image.height, image.width, self.seed, epoch, index, *CROP_SCALE
+            )
+            image = transforms.resized_crop(image, top, left, height, width, size, antialias=True)
+        else:
+            image = transforms.center_crop(transforms.resize(image, [round(self.image_size * EVAL_RESIZE)]), size)
+        return transforms.pil_to_tensor(image)
+
+
+class _EpochBatchSampler:
+    """Yields the batches of ``self.epoch``, each as (epoch, index) pairs so that workers know the epoch."""
+
+    def __init__(self, loader: TorchLoader) -> None:
+        self.loader, self.epoch = loader, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.loader.batches(self.epoch):
+            yield [(self.epoch, int(index)) for index in batch]
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class TorchLoader:
+    """Batches of an ``ImageDataset``; see the module's contract.
+
+    Args:
+        dataset: in memory or as files.
+        batch_size: images of a step over all ranks in training; per rank at evaluation.
+        image_size: S in pixels; images in memory must have it already.
+        train: shuffle and crop at random, or evaluate.
+        seed: of order and crops.
+        workers: processes that decode files; images in memory use none.
+        rank, world_size: this process and how many there are.
+        pin_memory: page-locked batches, for copies to a GPU that do not block.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        batch_size: int,
+        image_size: int,
+        train: bool,
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
+        self.rank, self.world_size = rank, world_size
+        self._sampler = _EpochBatchSampler(self)
+        workers = workers if dataset.paths is not None else 0
+        self._fetch = _Batches(dataset, image_size, train, seed)
+        self._loader = DataLoader(
+            self._fetch,
+            batch_sampler=self._sampler,
+            collate_fn=_identity,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The indices of each batch of ``epoch`` on this rank."""
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        if self.train:
+            return train_batches(len(self.dataset), self.batch_size, seed=self.seed, epoch=epoch, **ranks)
+        return eval_batches(len(self.dataset), self.batch_size, **ranks)
+
+    def __len__(self) -> int:
+        if self.train:
+            return num_train_batches(len(self.dataset), self.batch_size, self.world_size)
+        return len(self.batches(0))
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch; give a new number for each pass in training."""
+        self._sampler.epoch = epoch
+        yield from self._loader
+
+    def images_at(self, indices: Sequence[int]) -> Tensor:
+        """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
+        return self._fetch.__getitems__([(0, int(index)) for index in indices])[0]

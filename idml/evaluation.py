@@ -1,0 +1,82 @@
+"""Running a classifier over a data set, and probing what its uncertainty says of clean and of mixed images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from augment import CutmixParams, MixupParams, apply_cutmix, apply_mixup, normalise
+from idml.data.image_dataset import Preprocessing
+from idml.data.torch_loader import TorchLoader
+from idml.metrics.classification import Predictions, concatenate, predictions_of
+from idml.models import uncertainty_score
+from idml.runtime import autocast
+
+
+class Evaluation(NamedTuple):
+    """Figures per image, and the share of uncertainty units that were positive for at least one image."""
+
+    predictions: Predictions
+    active_units: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: TorchLoader, preprocessing: Preprocessing, precision: str) -> Evaluation:
+    """Every image of the loader once, in evaluation mode; the model is left in that mode.
+
+    Args:
+        model: an introspective classifier.
+        loader: gives uint8 images in evaluation order.
+        preprocessing: mean and standard deviation to normalise with.
+        precision: of the backbone, ``fp32``, ``bf16`` or ``fp16``.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    batches: list[Predictions] = []
+    active: Tensor | None = None
+    for images, labels in loader.epoch(0):
+        images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
+        with autocast(device, precision):
+            output = model(images)
+        batches.append(predictions_of(output, labels.to(device, non_blocking=True)))
+        fired = (output.uncertainty > 0).any(dim=0)
+        active = fired if active is None else active | fired
+    assert active is not None
+    return Evaluation(concatenate(batches), active.float().mean().item())
+
+
+@torch.no_grad()
+def probe_uncertainty(
+    model: nn.Module, loader: TorchLoader, preprocessing: Preprocessing, precision: str, *, mix: str
+) -> dict[str, float]:
+    """Mean uncertainty score of the loader's images as they are, and mixed half and half with one another.
+
+    Args:
+        model, loader, preprocessing, precision: as for ``evaluate``; the images should be of the training split.
+        mix: ``"cutmix"`` takes the left half of each image from its partner; anything else averages the two.
+
+    Returns:
+        ``uncertainty_train_clean`` and ``uncertainty_train_mixed``; the pairs are the same in every call.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    clean: list[Tensor] = []
+    mixed: list[Tensor] = []
+    for images, labels in loader.epoch(0):
+        images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
+        permutation = torch.randperm(len(images), generator=generator)
+        height, width = images.shape[2:]
+        if mix == "cutmix":
+            batch = apply_cutmix(images, labels, CutmixParams(permutation, (0, 0, height, width // 2), 0.5))
+        else:
+            batch = apply_mixup(images, labels, MixupParams(permutation, 0.5))
+        with autocast(device, precision):
+            clean.append(uncertainty_score(model(images)))
+            mixed.append(uncertainty_score(model(batch.images)))
+    return {
+        "uncertainty_train_clean": torch.cat(clean).mean().item(),
+        "uncertainty_train_mixed": torch.cat(mixed).mean().item(),
+    }

@@ -1,0 +1,43 @@
+"""Optimizer, learning-rate schedule and weight averaging of a classification run, out of torch's and timm's parts."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
+
+from idml.config_cls import ClsConfig
+
+
+def build_optimizer(model: nn.Module, config: ClsConfig) -> Optimizer:
+    """SGD over all parameters; with ``decay_bn_bias`` off, vectors and scalars (norm layers, biases) do not decay."""
+    matrices = [p for p in model.parameters() if p.requires_grad and (p.ndim > 1 or config.decay_bn_bias)]
+    vectors = [p for p in model.parameters() if p.requires_grad and not (p.ndim > 1 or config.decay_bn_bias)]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    nesterov = config.nesterov and config.momentum > 0
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+def build_schedule(optimizer: Optimizer, config: ClsConfig, *, steps_per_epoch: int, total_steps: int) -> LRScheduler:
+    """The schedule, to be stepped after every optimizer step.
+
+    ``step`` multiplies by ``lr_gamma`` after each of ``lr_milestones`` (default: 50 % and 75 % of the steps, the CIFAR
+    recipe); ``cosine`` falls to zero; ``onecycle`` rises over 30 % of the steps and falls to almost zero (Smith 2018,
+    torch's defaults, momentum left alone). ``warmup_epochs`` puts a linear rise from 1 % before the first two.
+    """
+    if config.schedule == "onecycle":
+        return OneCycleLR(optimizer, config.lr, total_steps=total_steps, cycle_momentum=False)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    if config.schedule == "cosine":
+        main: LRScheduler = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
+    else:
+        if config.lr_milestones is not None:
+            milestones = [epoch * steps_per_epoch for epoch in config.lr_milestones]
+        else:
+            milestones = [total_steps // 2, total_steps * 3 // 4]
+        main = MultiStepLR(optimizer, [max(m - warmup, 1) for m in milestones], gamma=config.lr_gamma)
+    if warmup == 0:
+        return main
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=warmup), main], milestones=[warmup])

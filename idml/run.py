@@ -1,0 +1,183 @@
+"""The run directory: config, metrics, results, checkpoints, TensorBoard. Every file is written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idml.config import dump_config
+from idml.data.image_dataset import DataSplits
+from idml.errors import UserError
+from idml.state import TrainingState
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "ffcv", "tensorboard", "pytorch-metric-learning")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with ``-dirty`` when it has changes; None outside a git checkout."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, flush it to disk, and rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Run:
+    """A run directory being written.
+
+    Holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``results.json`` (only once the run is complete),
+    ``checkpoints/``, ``tensorboard/`` and ``pictures/``.
+
+    Args:
+        directory: made if it is not there.
+        config: the resolved config, a dataclass.
+
+    Raises:
+        UserError: the directory already holds a run, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, config: Any) -> None:
+        self.directory, self.config = directory, config
+        if (directory / "metrics.jsonl").exists() or (directory / "results.json").exists():
+            raise UserError(f"{directory} already holds a run; give another --output-dir, or remove it")
+        try:
+            for name in ("checkpoints", "tensorboard", "pictures"):
+                (directory / name).mkdir(parents=True, exist_ok=True)
+            write_text(directory / "config.yaml", dump_config(config))
+        except OSError as error:
+            raise UserError(f"cannot write to the run directory {directory}: {error.strerror}") from None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
+
+        self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        self.started = time.time()
+        self.last: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+
+    def log_epoch(self, metrics: Mapping[str, Any], *, pick_by: str) -> bool:
+        """Append one epoch to ``metrics.jsonl`` and TensorBoard.
+
+        Args:
+            metrics: has ``epoch`` and the metric that ``pick_by`` names (larger is better).
+            pick_by: decides which epoch is the best.
+
+        Returns:
+            Whether this is the best epoch so far.
+        """
+        self.last = dict(metrics)
+        line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name != "epoch":
+                self.tensorboard.add_scalar(name, value, metrics["epoch"])
+        is_best = self.best is None or metrics[pick_by] > self.best[pick_by]
+        if is_best:
+            self.best = dict(metrics)
+        return is_best
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the newest checkpoint is."""
+        return self.directory / "checkpoints" / "last.pt"
+
+    def has_picture(self, name: str) -> bool:
+        """Whether ``pictures/<name>.png`` has been drawn."""
+        return (self.directory / "pictures" / f"{name}.png").exists()
+
+    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits) -> Path:
+        """Write ``checkpoints/<name>.pt``: the state, the config, the class names and the preprocessing.
+
+        It holds tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
+        """
+        path = self.directory / "checkpoints" / f"{name}.pt"
+        temporary = path.with_name(path.name + ".tmp")
+        preprocessing = dataclasses.asdict(data.preprocessing)
+        about = {"config": dataclasses.asdict(self.config), "classes": list(data.train.classes)}
+        torch.save(state.state_dict() | about | {"preprocessing": preprocessing}, temporary)
+        temporary.replace(path)
+        return path
+
+    def finish(self, *, picked_on: str) -> dict[str, Any]:
+        """Write ``results.json`` and close TensorBoard; returns what was written."""
+        assert self.last is not None and self.best is not None
+        results = {
+            "final": self.last,
+            "best": self.best | {"picked_on": picked_on},
+            "config": f"{self.directory / 'config.yaml'}",
+            "method": self.config.method,
+            "dataset": self.config.dataset,
+            "model": self.config.model,
+            "seed": self.config.seed,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "hardware": hardware(),
+            "wall_seconds": round(time.time() - self.started, 3),
+        }
+        write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
+        self.tensorboard.close()
+        return results
+
+
+def hardware() -> str:
+    """The machine in words: GPU if there is one, else processor and torch's thread count."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux: the name from platform stands
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+
+
+def default_run_directory(name: str) -> Path:
+    """``runs/<name>-<date>-<time>``, with a number behind it where that is taken."""
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([stem], numbered) if not path.exists())
