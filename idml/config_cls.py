@@ -62,7 +62,7 @@ class ClsConfig:
     max_steps: int | None = option(None, "stop after this many steps; the schedule ends there too")
     batch_size: int = option(64, "images a step; 64 in the CIFAR recipe", "-b")
     lr: float = option(0.1, "peak learning rate; 0.1 for batches of 64 to 256 (He et al. 2016)")
-    momentum: float = option(0.9, "of SGD")
+    momentum: float = option(0.9, "of SGD; 0.9 in the published recipes")
     nesterov: bool = option(True, "Nesterov's momentum, as in the published recipes")
     weight_decay: float = option(1e-4, "1e-4 in the published recipes")
     decay_bn_bias: bool = option(True, "apply weight decay to batch norm and biases too, as the published recipes do")

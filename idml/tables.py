@@ -9,7 +9,7 @@ from typing import Any
 
 from idml.errors import UserError
 
-COLUMNS = ("method", "top-1", "top-5", "NLL", "ECE", "|u| test", "|u| clean", "|u| mixed", "active units", "seconds")
+COLUMNS = ("method", "top-1", "top-5", "NLL", "ECE", "u test", "u clean", "u mixed", "active units", "seconds")
 
 
 def read_results(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Reference figures that a refactor must not move."""
