@@ -4,8 +4,16 @@ Every operation comes in two halves: ``sample_*`` draws parameters from an expli
 draws are the same on every device, and ``apply_*`` is a pure function of the batch and those parameters.
 """
 
-from augment.color import denormalise, normalise
-from augment.geometry import apply_crop, apply_flip, sample_crop, sample_flip
+from augment.color import (
+    ColorJitterParams,
+    apply_color_jitter,
+    apply_lighting,
+    denormalise,
+    normalise,
+    sample_color_jitter,
+    sample_lighting,
+)
+from augment.geometry import apply_crop, apply_flip, resize, sample_crop, sample_flip
 from augment.mixing import (
     CutmixParams,
     MixedBatch,
@@ -18,18 +26,24 @@ from augment.mixing import (
 )
 
 __all__ = [
+    "ColorJitterParams",
     "CutmixParams",
     "MixedBatch",
     "MixupParams",
+    "apply_color_jitter",
     "apply_crop",
     "apply_cutmix",
     "apply_flip",
+    "apply_lighting",
     "apply_mixup",
     "denormalise",
     "mixed_cross_entropy",
     "normalise",
+    "resize",
+    "sample_color_jitter",
     "sample_crop",
     "sample_cutmix",
     "sample_flip",
+    "sample_lighting",
     "sample_mixup",
 ]

@@ -8,7 +8,13 @@ from torch.nn import functional
 
 
 def sample_flip(batch_size: int, *, prob: float = 0.5, generator: torch.Generator) -> Tensor:
-    """(B,) bool: which images are mirrored, each with probability ``prob``; drawn from a CPU generator."""
+    """(B,) bool: which images are mirrored, each with probability ``prob``; drawn from a CPU generator.
+
+    Raises:
+        ValueError: prob outside [0, 1].
+    """
+    if not 0 <= prob <= 1:
+        raise ValueError(f"prob must be in [0, 1], got {prob}")
     return torch.rand(batch_size, generator=generator) < prob
 
 
@@ -21,12 +27,21 @@ def apply_flip(images: Tensor, flip: Tensor) -> Tensor:
 
     Returns:
         (B, C, H, W), same dtype.
+
+    Raises:
+        ValueError: ``flip`` is for another batch size.
     """
+    _check_batch_size(images, flip)
     return torch.where(flip.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def sample_crop(batch_size: int, *, padding: int, generator: torch.Generator) -> Tensor:
-    """(B, 2) int64: (top, left) of each image's window in the padded image, uniform in [0, 2 * padding]."""
+    """(B, 2) int64: (top, left) of each image's window in the padded image, uniform in [0, 2 * padding].
+
+    Raises:
+        ValueError: padding < 0.
+    """
+    _check_padding(padding)
     return torch.randint(2 * padding + 1, (batch_size, 2), generator=generator)
 
 
@@ -39,16 +54,47 @@ def apply_crop(images: Tensor, offsets: Tensor, *, padding: int) -> Tensor:
         padding: pixels added on each side.
 
     Returns:
-        (B, C, H, W), same dtype.
+        (B, C, H, W), same dtype. A backward pass through it takes (2 * padding + 1)^2 times the memory of the images.
+
+    Raises:
+        ValueError: padding < 0, or the offsets are for another batch size or for more padding.
     """
-    batch, channels, height, width = images.shape
+    _check_padding(padding)
+    _check_batch_size(images, offsets)
+    # A window that leaves the padded image is an assertion on a GPU, which takes the whole process down.
+    if len(offsets) and not 0 <= int(offsets.min()) <= int(offsets.max()) <= 2 * padding:
+        raise ValueError(f"expected offsets in [0, {2 * padding}], got {int(offsets.min())} to {int(offsets.max())}")
+    height, width = images.shape[2:]
     padded = functional.pad(images, (padding, padding, padding, padding))
-    offsets = offsets.to(images.device, non_blocking=True)
-    rows = (offsets[:, :1] + torch.arange(height, device=images.device)).view(batch, 1, height, 1)
-    columns = (offsets[:, 1:] + torch.arange(width, device=images.device)).view(batch, 1, 1, width)
-    return padded[
-        torch.arange(batch, device=images.device).view(-1, 1, 1, 1),
-        torch.arange(channels, device=images.device).view(1, -1, 1, 1),
-        rows,
-        columns,
-    ]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2 padding + 1, 2 padding + 1, H, W)
+    top, left = offsets.to(images.device, non_blocking=True).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Square images brought to ``size`` pixels a side, bilinear with antialias, for progressive training.
+
+    Args:
+        images: (B, C, S, S) uint8.
+        size: in pixels, at least 1.
+
+    Returns:
+        (B, C, size, size) uint8; ``images`` themselves when they have that size.
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    # In float32, because torch interpolates bytes on the CPU only.
+    resized = functional.interpolate(
+        images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _check_padding(padding: int) -> None:
+    if padding < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+
+
+def _check_batch_size(images: Tensor, parameters: Tensor) -> None:
+    if len(parameters) != len(images):
+        raise ValueError(f"expected parameters drawn for a batch of {len(images)}, got {len(parameters)}")

@@ -54,8 +54,8 @@ class CutmixParams(NamedTuple):
 
 def _sample_lam(alpha: float, prob: float, generator: torch.Generator) -> float | None:
     """lam ~ Beta(alpha, alpha) with probability ``prob``, else None. Always takes two draws from the generator."""
-    if not alpha > 0:
-        raise ValueError(f"the Beta parameter must be positive, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"the Beta parameter must be positive and finite, got {alpha}")
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
     mix = torch.rand((), generator=generator).item() < prob
@@ -79,7 +79,7 @@ def sample_mixup(
         MixupParams, or None where the batch stays as it is.
 
     Raises:
-        ValueError: alpha <= 0 or prob outside [0, 1].
+        ValueError: alpha <= 0 or infinite, or prob outside [0, 1].
     """
     lam = _sample_lam(alpha, prob, generator)
     if lam is None:
@@ -109,7 +109,7 @@ def sample_cutmix(
         CutmixParams, or None where the batch stays as it is.
 
     Raises:
-        ValueError: alpha <= 0 or prob outside [0, 1].
+        ValueError: alpha <= 0 or infinite, or prob outside [0, 1].
     """
     lam = _sample_lam(alpha, prob, generator)
     if lam is None:
@@ -125,7 +125,8 @@ def sample_cutmix(
 
 
 def _unmixed(images: Tensor, labels: Tensor) -> MixedBatch:
-    return MixedBatch(images, labels, labels, torch.ones((), device=images.device))
+    labels = labels.to(images.device)
+    return MixedBatch(images, labels, labels, _lam_tensor(1.0, images))
 
 
 def apply_mixup(images: Tensor, labels: Tensor, params: MixupParams | None) -> MixedBatch:
@@ -137,16 +138,20 @@ def apply_mixup(images: Tensor, labels: Tensor, params: MixupParams | None) -> M
         params: from ``sample_mixup``; None leaves the batch as it is.
 
     Returns:
-        MixedBatch on the device of ``images``.
+        MixedBatch on the device of ``images``; where nothing is mixed it holds ``images`` itself.
 
     Raises:
         ValueError: the permutation is for another batch size.
+        TypeError: the images are integers, which have no room for an average.
     """
     if params is None:
         return _unmixed(images, labels)
+    if not images.is_floating_point():
+        raise TypeError(f"Mixup needs floating-point images, got {images.dtype}; normalise them first")
     permutation = _permutation_for(images, params.permutation)
-    mixed = torch.lerp(images[permutation], images, params.lam)
-    return MixedBatch(mixed, labels, labels[permutation], torch.tensor(params.lam, device=images.device))
+    labels = labels.to(images.device)
+    mixed = images[permutation].lerp_(images, params.lam)
+    return MixedBatch(mixed, labels, labels[permutation], _lam_tensor(params.lam, images))
 
 
 def apply_cutmix(images: Tensor, labels: Tensor, params: CutmixParams | None) -> MixedBatch:
@@ -158,18 +163,29 @@ def apply_cutmix(images: Tensor, labels: Tensor, params: CutmixParams | None) ->
         params: from ``sample_cutmix``; None leaves the batch as it is.
 
     Returns:
-        MixedBatch on the device of ``images``.
+        MixedBatch on the device of ``images``; where nothing is mixed it holds ``images`` itself.
 
     Raises:
-        ValueError: the permutation is for another batch size.
+        ValueError: the permutation is for another batch size, or the box leaves the images.
     """
     if params is None:
         return _unmixed(images, labels)
     permutation = _permutation_for(images, params.permutation)
+    labels = labels.to(images.device)
     top, left, bottom, right = params.box
+    height, width = images.shape[2:]
+    # Slices would clip such a box in silence, and lam would no longer be the share of pixels kept.
+    if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+        raise ValueError(
+            f"expected a box (top, left, bottom, right) inside images of {height} x {width}, got {params.box}"
+        )
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[permutation, :, top:bottom, left:right]
-    return MixedBatch(mixed, labels, labels[permutation], torch.tensor(params.lam, device=images.device))
+    return MixedBatch(mixed, labels, labels[permutation], _lam_tensor(params.lam, images))
+
+
+def _lam_tensor(lam: float, images: Tensor) -> Tensor:
+    return torch.tensor(lam, dtype=torch.float32, device=images.device)
 
 
 def _permutation_for(images: Tensor, permutation: Tensor) -> Tensor:
@@ -193,4 +209,5 @@ def mixed_cross_entropy(logits: Tensor, batch: MixedBatch, *, label_smoothing: f
     if batch.labels_b is batch.labels_a:
         return loss_a
     loss_b = functional.cross_entropy(logits, batch.labels_b, label_smoothing=label_smoothing)
-    return batch.lam * loss_a + (1 - batch.lam) * loss_b
+    # lam is float32 and would raise the dtype of the sum.
+    return (batch.lam * loss_a + (1 - batch.lam) * loss_b).to(loss_a.dtype)

@@ -1,12 +1,15 @@
-"""Random resized crops that depend on seed, epoch and sample alone, whoever decodes the image and in which process.
+"""Which part of an image becomes the model's input: functions of sizes, seed, epoch and sample, whoever decodes.
 
-The random numbers come from a hash of (seed, epoch, sample, draw) instead of a generator with a state. Everything here
-is written in the subset of Python that numba compiles, so that every loader can share the one definition.
+The random numbers come from a hash of (seed, epoch, sample, draw) instead of a generator with a state, so a crop is the
+same in every process and with every loader. Everything here is written in the subset of Python that numba compiles
+(`idml.data.kernels` does), so that the loaders share the one definition.
 """
 
 from __future__ import annotations
 
 import math
+
+import numpy as np
 
 MASK = 0xFFFFFFFF
 
@@ -61,3 +64,61 @@ def center_crop(height: int, width: int, share: float) -> tuple[int, int, int, i
     """(top, left, side, side): the central square whose side is ``share`` of the shorter side."""
     side = max(int(round(min(height, width) * share)), 1)
     return (height - side) // 2, (width - side) // 2, side, side
+
+
+def plan_train(
+    heights: np.ndarray,
+    widths: np.ndarray,
+    samples: np.ndarray,
+    seed: int,
+    epoch: int,
+    side: int,
+    min_scale: float,
+    max_scale: float,
+) -> np.ndarray:
+    """Random resized crops of B images.
+
+    Args:
+        heights, widths: (B,) int64, of the images, in pixels.
+        samples: (B,) int64, the images' places in their data set.
+        seed, epoch: decide the draw together with the sample.
+        side: of the square result, in pixels.
+        min_scale, max_scale: see ``random_resized_crop``.
+
+    Returns:
+        (B, 8) int64: the window's top, left, height, width; the height and width that it is resized to; top and left of
+        the square kept of that.
+    """
+    plan = np.zeros((len(samples), 8), np.int64)
+    for i in range(len(samples)):
+        top, left, height, width = random_resized_crop(
+            int(heights[i]), int(widths[i]), seed, epoch, int(samples[i]), min_scale, max_scale
+        )
+        plan[i, 0], plan[i, 1], plan[i, 2], plan[i, 3] = top, left, height, width
+        plan[i, 4], plan[i, 5] = side, side
+    return plan
+
+
+def plan_eval(heights: np.ndarray, widths: np.ndarray, side: int, shorter: int) -> np.ndarray:
+    """The plan (see ``plan_train``) of evaluation: shorter side to ``shorter`` pixels, then the central square.
+
+    Rounding is that of torchvision's ``resize`` (down) and ``center_crop`` (half to even).
+    """
+    plan = np.zeros((len(heights), 8), np.int64)
+    for i in range(len(heights)):
+        height, width = heights[i], widths[i]
+        new_height, new_width = shorter, shorter
+        if width <= height:
+            new_height = int(shorter * height / width)
+        else:
+            new_width = int(shorter * width / height)
+        plan[i, 2], plan[i, 3], plan[i, 4], plan[i, 5] = height, width, new_height, new_width
+        plan[i, 6], plan[i, 7] = int(round((new_height - side) / 2.0)), int(round((new_width - side) / 2.0))
+    return plan
+
+
+def plan_whole(side: int, count: int) -> np.ndarray:
+    """The plan (see ``plan_train``) that takes ``count`` images of ``side`` x ``side`` pixels as they are."""
+    plan = np.zeros((count, 8), np.int64)
+    plan[:, 2:6] = side
+    return plan
