@@ -2,13 +2,17 @@
 
     python train_cls.py --method idml-cutmix                     six thousand real images inside the package
     python train_cls.py --method ism --dataset folder --data-dir photos --model resnet50
-    python train_cls.py --config configs/quick/fashion_mnist_mini.yaml --seed 2
+    python train_cls.py --config configs/cifar100/idml_cutmix.yaml --data-dir data
+    torchrun --nproc-per-node 8 train_cls.py --config configs/imagenet/idml_cutmix.yaml --data-dir imagenet
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_cls.py --config ...
+    python train_cls.py --eval-only --checkpoint runs/NAME/checkpoints/last.pt
 
 Any key of a config file is also a flag, and a flag wins. Results go to a new folder under runs/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -17,46 +21,52 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from augment import (
     MixedBatch,
+    apply_color_jitter,
     apply_crop,
     apply_cutmix,
     apply_flip,
+    apply_lighting,
     apply_mixup,
     mixed_cross_entropy,
     normalise,
+    resize,
+    sample_color_jitter,
     sample_crop,
     sample_cutmix,
     sample_flip,
+    sample_lighting,
     sample_mixup,
 )
+from idml import distributed
+from idml.checkpoint import load_weights, read_checkpoint
 from idml.config import dump_config
-from idml.config_cls import ClsConfig, parse_cls_config
+from idml.config_cls import ClsConfig, parse_cls_config, parse_model_kwargs
+from idml.data.cls_loaders import ClsLoaders, build_cls_loaders
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
-from idml.data.torch_loader import TorchLoader
-from idml.errors import TrainingError, run_main
+from idml.data.sampling import global_batch_sizes
+from idml.data.torch_loader import Loader
+from idml.errors import TrainingError, UserError, run_main
 from idml.evaluation import evaluate, probe_uncertainty
 from idml.metrics.classification import classification_metrics
 from idml.models import IntrospectiveClassifier, create_backbone
 from idml.optim import build_optimizer, build_schedule
-from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_histograms
+from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_histograms, write_confusion
 from idml.run import Run, default_run_directory, hardware
-from idml.runtime import autocast, choose_device, seed_everything
+from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.state import TrainingState
-
-EVAL_BATCH_SIZE = 256  # nothing depends on it but memory
-PROBE_IMAGES = 1024  # training images whose uncertainty is measured clean and mixed after every epoch
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Train as the command line says; returns what ``results.json`` holds (None for ``--print-config``)."""
+    """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
     config, print_config = parse_cls_config(sys.argv[1:] if argv is None else argv, description=__doc__)
     if print_config:
@@ -65,66 +75,90 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     # Whatever a user's mistake can break comes before the run directory is made.
     device = choose_device(config.device)
-    seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
-    data = read_splits(config)
-    model = IntrospectiveClassifier(
-        create_backbone(config.model, image_size=data.preprocessing.image_size),
+    distributed.setup(device.type)
+    try:
+        seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
+        data = read_splits(config)
+        model = place_model(
+            build_model(config, data),
+            device,
+            channels_last=config.channels_last,
+            sync_bn=config.sync_bn,
+            tf32=config.tf32,
+        )
+        loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
+        if config.eval_only:
+            return evaluate_checkpoint(config, data, model, loaders)
+        name = f"{config.dataset}-{config.method}-s{config.seed}"
+        run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
+        say(
+            f"{config.method} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: "
+            f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
+            f"{distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
+        )
+        return train(config, data, model, loaders, run)
+    finally:
+        distributed.shutdown()
+
+
+def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
+    """The network of a config, with the weights that it starts from."""
+    backbone = create_backbone(
+        config.model,
+        image_size=data.preprocessing.image_size,
+        pretrained=config.pretrained == "timm",
+        arguments=parse_model_kwargs(config),
+    )
+    if config.pretrained not in (None, "timm"):
+        load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
+    return IntrospectiveClassifier(
+        backbone,
         len(data.train.classes),
         uncertainty_dim=config.uncertainty_dim,
         ism=config.ism,
         temperature=config.temperature,
-    ).to(device)
-    name = f"{config.dataset}-{config.method}-s{config.seed}"
-    run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
-    print(
-        f"{config.method} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: {len(data.train)} "
-        f"training and {len(data.test)} test images of {len(data.train.classes)} classes; {hardware()}\n"
-        f"run directory {run.directory}"
     )
-    return train(config, data, model, run)
 
 
-def train(config: ClsConfig, data: DataSplits, model: IntrospectiveClassifier, run: Run) -> dict[str, Any]:
+def train(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoaders, run: Run) -> dict[str, Any]:
     """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds."""
     device = next(model.parameters()).device
-    size = data.preprocessing.image_size
-    shared: dict[str, Any] = {"image_size": size, "workers": config.workers, "pin_memory": device.type == "cuda"}
-    train_loader = TorchLoader(data.train, batch_size=config.batch_size, train=True, seed=config.seed, **shared)
-    test_loader = TorchLoader(data.test, batch_size=EVAL_BATCH_SIZE, train=False, **shared)
-    val_loader = TorchLoader(data.val, batch_size=EVAL_BATCH_SIZE, train=False, **shared) if data.val else None
-    probe = data.train.subset(np.linspace(0, len(data.train) - 1, min(PROBE_IMAGES, len(data.train)), dtype=int))
-    probe_loader = TorchLoader(probe, batch_size=EVAL_BATCH_SIZE, train=False, **shared)
-
-    total_steps = min(config.epochs * len(train_loader), config.max_steps or math.inf)
+    steps_per_epoch = len(loaders.train)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    if config.bn_freeze:
+        freeze_batch_norm(model)
     optimizer = build_optimizer(model, config)
     state = TrainingState(
         model=model,
+        network=wrap(model, config, device),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, config, steps_per_epoch=len(train_loader), total_steps=int(total_steps)),
+        schedule=build_schedule(optimizer, config, steps_per_epoch=steps_per_epoch, total_steps=total_steps),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator().manual_seed(config.seed + 1_000_003 * distributed.rank()),
         ema=ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay > 0 else None,
     )
-    ism_on, classes, measured = config.ism != "off", data.train.classes, (data.preprocessing, config.precision)
-    pick_by = "val_top1" if val_loader else "top1"
+    ism_on, classes, flip = config.ism != "off", data.train.classes, config.tta == "flip"
+    measured = (data.preprocessing, config.precision)
+    pick_by = "val_top1" if loaders.val else "top1"
     run.save_checkpoint("last", state, data)
     while state.step < total_steps:
-        started = time.perf_counter()
-        first_step = state.step
-        train_loss = train_epoch(state, train_loader, config, data, run, int(total_steps))
+        started, first_step = time.perf_counter(), state.step
+        train_loss = train_epoch(state, loaders.train, config, data, run, total_steps)
         seconds = time.perf_counter() - started
-        images_seen = sum(map(len, train_loader.batches(state.epoch)[: state.step - first_step]))
+        sizes = global_batch_sizes(len(data.train), config.batch_size, distributed.world_size())
+        images_seen = sum(sizes[: state.step - first_step])
         state.epoch += 1
 
+        distributed.copy_from_main(state.evaluated_model.buffers())  # batch norm's running figures differ by rank
         metrics = {"epoch": state.epoch, "step": state.step, "lr": state.learning_rate, "train_loss": train_loss}
-        test = evaluate(state.evaluated_model, test_loader, *measured)
+        test = evaluate(state.evaluated_model, loaders.test, *measured, flip=flip)
         metrics |= classification_metrics(test.predictions, len(classes))
-        if val_loader:
-            val = evaluate(state.evaluated_model, val_loader, *measured)
+        if loaders.val:
+            val = evaluate(state.evaluated_model, loaders.val, *measured, flip=flip)
             metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
         if ism_on:
             metrics["uncertainty_test"] = test.predictions.uncertainty.mean().item()
-            metrics |= probe_uncertainty(state.evaluated_model, probe_loader, *measured, mix=config.mix)
+            metrics |= probe_uncertainty(state.evaluated_model, loaders.probe, *measured, mix=config.mix)
             metrics["active_uncertainty_units"] = test.active_units
         metrics |= {"images_per_second": round(images_seen / seconds, 1), "seconds": round(seconds, 2)}
         check_finite("test loss", [metrics["loss"] + metrics["nll"]], [metrics["lr"]], state.step - 1, run)
@@ -134,60 +168,108 @@ def train(config: ClsConfig, data: DataSplits, model: IntrospectiveClassifier, r
         run.save_checkpoint("last", state, data)
         if is_best:
             run.save_checkpoint("best", state, data)
-        print(epoch_line(metrics))
+        say(epoch_line(metrics))
 
-    draw_extremes(run, test.predictions, test_loader, classes, state.epoch, ism_on=ism_on)
-    return run.finish(picked_on="validation split" if val_loader else "test set")
+    draw_extremes(run, test.predictions, loaders.test, classes, state.epoch, ism_on=ism_on)
+    results = run.finish(picked_on="validation split" if loaders.val else "test set")
+    if config.expname is not None:  # the closing lines of the CutMix authors' script, which programs read
+        for word, figures in (("Best", results["best"]), ("Last", results["final"])):
+            errors = [100 * (1 - figures[key]) for key in ("top1", "top5") if key in figures]
+            say(f"{word} accuracy (top-1 and 5 error): {' '.join(map(str, errors))}")
+    return results
+
+
+def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module:
+    """What is called in training: the model compiled and distributed, as far as asked for."""
+    network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    if distributed.world_size() > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    return network
 
 
 def train_epoch(
-    state: TrainingState, loader: TorchLoader, config: ClsConfig, data: DataSplits, run: Run, total_steps: int
+    state: TrainingState, loader: Loader, config: ClsConfig, data: DataSplits, run: Run, total_steps: int
 ) -> float:
     """One pass over the training images, ending early at ``total_steps``; returns the mean loss of its steps."""
-    state.model.train()
+    state.network.train()
+    if config.bn_freeze:
+        freeze_batch_norm(state.model)
     device = next(state.model.parameters()).device
+    sizes = global_batch_sizes(len(loader.dataset), config.batch_size, distributed.world_size())
+    size = progressive_size(config, state.epoch)
     losses: list[Tensor] = []
     rates: list[float] = []
     checked, first_step = 0, state.step
-    quiet = None if config.verbose else True  # None: tqdm is quiet unless it writes to a terminal
+    quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
     progress = tqdm(loader.epoch(state.epoch), f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet)
-    for images, labels in progress:
+    for (images, labels), global_size in zip(progress, sizes, strict=True):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images if size is None else resize(images, size)
         batch = augment_and_mix(images, labels, config, data.preprocessing, state.generator)
-        with autocast(device, config.precision):
-            output = state.model(batch.images)
-        loss = mixed_cross_entropy(output.introspective_logits, batch, label_smoothing=config.label_smoothing)
         rates.append(state.learning_rate)
-        losses.append(loss.detach())
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.schedule.step()
-        state.step += 1
-        if state.ema is not None:
-            state.ema.update(state.model, step=state.step)
-
+        losses.append(step(state, batch, config, global_size))
         if batch.labels_b is not batch.labels_a and not run.has_picture("mixed"):
             draw_mixed(run, batch, data, state.step)
         # Reading the loss makes a GPU wait, so it is done now and then.
         if device.type == "cpu" or state.step % config.log_every == 0:
             check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
             checked = len(losses)
-            progress.set_postfix(loss=f"{losses[-1].item():.3f}")
         if state.step % config.log_every == 0:
-            run.tensorboard.add_scalar("step/loss", losses[-1].item(), state.step)
-            run.tensorboard.add_scalar("step/lr", rates[-1], state.step)
+            loss = distributed.all_reduce_sum(losses[-1]).item()
+            run.log_scalar("step/loss", loss, state.step)
+            run.log_scalar("step/lr", rates[-1], state.step)
+            progress.set_postfix(loss=f"{loss:.3f}")
         if state.step == total_steps:
             break
     check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
-    return torch.stack(losses).mean().item()
+    return distributed.all_reduce_sum(torch.stack(losses)).mean().item()
+
+
+def step(state: TrainingState, batch: MixedBatch, config: ClsConfig, global_size: int) -> Tensor:
+    """One optimizer step on this rank's share of a batch of ``global_size`` images.
+
+    Every image weighs the same in the gradient, however unevenly a last batch falls to ranks and parts: a part's mean
+    loss is weighted by its share of the global batch, and by the number of ranks, over which DDP averages.
+
+    Returns:
+        This rank's share of the batch's mean loss, 0-d, on the device; the sum over the ranks is the mean itself.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    device = batch.images.device
+    parts = split(batch, config.grad_accum)
+    total = torch.zeros((), device=device)
+    for number, part in enumerate(parts):
+        distributed_network = isinstance(state.network, DistributedDataParallel)
+        wait = distributed_network and number < len(parts) - 1
+        with state.network.no_sync() if wait else contextlib.nullcontext():
+            with autocast(device, config.precision):
+                output = state.network(part.images)
+            loss = mixed_cross_entropy(output.introspective_logits, part, label_smoothing=config.label_smoothing)
+            loss = loss * (len(part.images) / global_size)
+            state.scaler.scale(loss * distributed.world_size()).backward()
+        total += loss.detach()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    state.step += 1
+    if state.ema is not None:
+        state.ema.update(state.model, step=state.step)
+    return total
+
+
+def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
+    """The batch in up to ``parts`` parts of about the same size."""
+    if parts == 1:
+        return [batch]
+    mixed = batch.labels_b is not batch.labels_a
+    columns = zip(batch.images.chunk(parts), batch.labels_a.chunk(parts), batch.labels_b.chunk(parts), strict=True)
+    return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in columns]
 
 
 def augment_and_mix(
     images: Tensor, labels: Tensor, config: ClsConfig, preprocessing: Preprocessing, generator: torch.Generator
 ) -> MixedBatch:
-    """A training batch from the loader's bytes: crop, flip, normalise, mix; all on the images' device.
+    """A training batch from the loader's bytes: crop, flip, colour, normalise, mix; all on the images' device.
 
     Args:
         images: (B, 3, S, S) uint8.
@@ -200,11 +282,28 @@ def augment_and_mix(
         images = apply_crop(images, offsets, padding=config.crop_padding)
     if config.flip:
         images = apply_flip(images, sample_flip(count, generator=generator))
-    images = normalise(images, preprocessing.mean, preprocessing.std)
-    draw = {"alpha": config.mix_alpha, "prob": config.mix_prob, "generator": generator}
+    if config.color_jitter:
+        strength = dict.fromkeys(("brightness", "contrast", "saturation"), config.color_jitter)
+        images = apply_color_jitter(images, sample_color_jitter(count, **strength, generator=generator))
+    if config.lighting:
+        weights = sample_lighting(count, std=config.lighting, generator=generator)
+        images = apply_lighting(images, weights, inplace=images.dtype == torch.float32)
+    images = normalise(images, preprocessing.mean, preprocessing.std, inplace=images.dtype == torch.float32)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    draw: dict[str, Any] = {"alpha": config.mix_alpha, "prob": config.mix_prob, "generator": generator}
     if config.mix == "cutmix":
         return apply_cutmix(images, labels, sample_cutmix(count, (height, width), **draw))
     return apply_mixup(images, labels, sample_mixup(count, **draw) if config.mix == "mixup" else None)
+
+
+def progressive_size(config: ClsConfig, epoch: int) -> int | None:
+    """Input size of an epoch in a progressive training, a multiple of 32 that grows linearly; None when it is fixed."""
+    if config.progressive is None:
+        return None
+    first, last = config.progressive
+    share = min(epoch / max(config.epochs - 2, 1), 1.0)  # the last two epochs are at full size
+    return min(32 * round((first + share * (last - first)) / 32), last)
 
 
 def check_finite(what: str, values: Sequence[Tensor | float], rates: list[float], first_step: int, run: Run) -> None:
@@ -216,6 +315,36 @@ def check_finite(what: str, values: Sequence[Tensor | float], rates: list[float]
                 f"{rates[offset]:.3g}; the last finite checkpoint is {run.last_checkpoint}. Try a lower --lr, or "
                 "--precision bf16 in place of fp16"
             )
+
+
+def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoaders) -> dict[str, Any]:
+    """The figures of a stored model on the test images, with its confusion matrix beside the checkpoint's run."""
+    assert config.checkpoint is not None
+    checkpoint = read_checkpoint(config.checkpoint)
+    if tuple(checkpoint["classes"]) != data.train.classes:
+        raise UserError(
+            f"{config.checkpoint} knows {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, "
+            f"...), the data has {len(data.train.classes)} ({', '.join(data.train.classes[:3])}, ...)"
+        )
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
+    test = evaluate(model, loaders.test, data.preprocessing, config.precision, flip=config.tta == "flip")
+    metrics = classification_metrics(test.predictions, len(data.train.classes))
+    default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
+    directory = Path(config.output_dir) if config.output_dir else default
+    if distributed.is_main():
+        write_confusion(directory, test.predictions, data.train.classes, metrics, tta=config.tta)
+    say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    say(f"confusion matrix and figures in {directory}")
+    return metrics
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

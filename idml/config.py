@@ -24,9 +24,10 @@ from idml.errors import UserError, nearest
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, help: str, *aliases: str) -> Any:
-    """A config field: its default, its one-line help, and further spellings of its flag (``"-j"``)."""
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases})
+def option(default: Any, help: str, *aliases: str, const: Any = None) -> Any:
+    """A config field: its default, its one-line help, further spellings of its flag (``"-j"``), and, where the flag may
+    stand alone, the value it then has."""
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases, "const": const})
 
 
 def _element_type(annotation: Any) -> Any:
@@ -54,6 +55,8 @@ def build_parser(config_class: type, *, prog: str, description: str) -> jsonargp
             parser.add_argument(*flags, action=yes_no, nargs="?", default=default, help=help_text)
         elif (element := _element_type(annotation)) is not None:
             parser.add_argument(*flags, type=element, nargs="+", default=default, help=help_text)
+        elif (const := field.metadata["const"]) is not None:
+            parser.add_argument(*flags, type=annotation, nargs="?", const=const, default=default, help=help_text)
         else:
             parser.add_argument(*flags, type=annotation, default=default, help=help_text)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from augment import CutmixParams, MixupParams, apply_cutmix, apply_mixup, normalise
 from idml.data.image_dataset import Preprocessing
-from idml.data.torch_loader import TorchLoader
+from idml.data.torch_loader import Loader
+from idml.distributed import all_reduce_sum, gather_interleaved
 from idml.metrics.classification import Predictions, concatenate, predictions_of
-from idml.models import uncertainty_score
+from idml.models import ClassifierOutput, uncertainty_score
 from idml.runtime import autocast
 
 
@@ -23,14 +25,20 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: TorchLoader, preprocessing: Preprocessing, precision: str) -> Evaluation:
-    """Every image of the loader once, in evaluation mode; the model is left in that mode.
+def evaluate(
+    model: nn.Module, loader: Loader, preprocessing: Preprocessing, precision: str, *, flip: bool = False
+) -> Evaluation:
+    """Every image of all ranks' loaders once, in evaluation mode; the model is left in that mode.
 
     Args:
         model: an introspective classifier.
-        loader: gives uint8 images in evaluation order.
+        loader: gives this rank's share of the images, uint8, in evaluation order.
         preprocessing: mean and standard deviation to normalise with.
         precision: of the backbone, ``fp32``, ``bf16`` or ``fp16``.
+        flip: average with the mirror image: the probabilities of both logits, and the uncertainty.
+
+    Returns:
+        The figures of all images, in the data set's order, on every rank.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -40,16 +48,33 @@ def evaluate(model: nn.Module, loader: TorchLoader, preprocessing: Preprocessing
         images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
         with autocast(device, precision):
             output = model(images)
+            if flip:
+                output = average(output, model(images.flip(3)))
         batches.append(predictions_of(output, labels.to(device, non_blocking=True)))
         fired = (output.uncertainty > 0).any(dim=0)
         active = fired if active is None else active | fired
-    assert active is not None
-    return Evaluation(concatenate(batches), active.float().mean().item())
+    assert active is not None, "read_splits makes sure that every rank has an image"
+    active_units = (all_reduce_sum(active.float()) > 0).float().mean().item()
+    return Evaluation(Predictions(*gather_interleaved(concatenate(batches))), active_units)
+
+
+def average(first: ClassifierOutput, second: ClassifierOutput) -> ClassifierOutput:
+    """Two outputs for the same images as one: probabilities averaged (as log-probabilities), embeddings averaged."""
+
+    def log_mean(a: Tensor, b: Tensor) -> Tensor:
+        return torch.logaddexp(a.log_softmax(1), b.log_softmax(1)) - math.log(2)
+
+    return ClassifierOutput(
+        log_mean(first.logits, second.logits),
+        log_mean(first.introspective_logits, second.introspective_logits),
+        (first.semantic + second.semantic) / 2,
+        (first.uncertainty + second.uncertainty) / 2,
+    )
 
 
 @torch.no_grad()
 def probe_uncertainty(
-    model: nn.Module, loader: TorchLoader, preprocessing: Preprocessing, precision: str, *, mix: str
+    model: nn.Module, loader: Loader, preprocessing: Preprocessing, precision: str, *, mix: str
 ) -> dict[str, float]:
     """Mean uncertainty score of the loader's images as they are, and mixed half and half with one another.
 
@@ -70,13 +95,16 @@ def probe_uncertainty(
         permutation = torch.randperm(len(images), generator=generator)
         height, width = images.shape[2:]
         if mix == "cutmix":
-            batch = apply_cutmix(images, labels, CutmixParams(permutation, (0, 0, height, width // 2), 0.5))
+            batch = apply_cutmix(
+                images, labels, CutmixParams(permutation, (0, 0, height, width // 2), 1 - width // 2 / width)
+            )
         else:
             batch = apply_mixup(images, labels, MixupParams(permutation, 0.5))
         with autocast(device, precision):
             clean.append(uncertainty_score(model(images)))
             mixed.append(uncertainty_score(model(batch.images)))
+    columns = gather_interleaved([torch.cat(clean).cpu(), torch.cat(mixed).cpu()])
     return {
-        "uncertainty_train_clean": torch.cat(clean).mean().item(),
-        "uncertainty_train_mixed": torch.cat(mixed).mean().item(),
+        "uncertainty_train_clean": columns[0].mean().item(),
+        "uncertainty_train_mixed": columns[1].mean().item(),
     }

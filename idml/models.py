@@ -6,6 +6,7 @@ Letters in shapes: B images, C classes, D backbone features, E uncertainty dimen
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import timm
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from idml import cifar_resnet as _cifar_resnet  # noqa: F401  (registers its models with timm)
+from idml import cifar_resnet, pyramidnet  # noqa: F401  (they register their models with timm)
 from idml.errors import UserError, nearest
 from idml.similarity import TEMPERATURE, class_sq_distances, introspective_similarity
 
@@ -53,15 +54,20 @@ def uncertainty_score(output: ClassifierOutput) -> Tensor:
     return output.uncertainty.float().norm(dim=1)
 
 
-def create_backbone(name: str, *, image_size: int | None = None) -> nn.Module:
-    """A timm model without its classifier, with random weights.
+def create_backbone(
+    name: str, *, image_size: int | None = None, pretrained: bool = False, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A timm model without its classifier.
 
     Args:
-        name: of a timm model, or of one of ``idml.cifar_resnet``.
+        name: of a timm model, or of one of ``idml.cifar_resnet`` and ``idml.pyramidnet``.
         image_size: pixels; passed on to models that are built for one input size (vision transformers).
+        pretrained: take timm's weights, which it downloads when they are not in its cache; random otherwise.
+        arguments: further ones for the model's constructor.
 
     Raises:
-        UserError: timm has no such model (the nearest names are told).
+        UserError: timm has no such model (the nearest names are told), no weights for it or no way to get them, or the
+            model does not take the arguments.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -71,7 +77,12 @@ def create_backbone(name: str, *, image_size: int | None = None) -> nn.Module:
     default_cfg = timm.get_pretrained_cfg(architecture)
     fixed = image_size is not None and default_cfg is not None and default_cfg.fixed_input_size
     sizes: dict[str, Any] = {"img_size": image_size} if fixed else {}
-    return timm.create_model(name, num_classes=0, **sizes)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **(sizes | dict(arguments or {})))
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        # timm tells a wrong argument by a TypeError, weights it cannot have by one of the others.
+        source = f" with arguments {dict(arguments)}" if arguments else " with timm's weights" if pretrained else ""
+        raise UserError(f"model {name}{source} cannot be made: {error}") from None
 
 
 def infer_feature_dim(backbone: nn.Module) -> int:

@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: ClsConfig) -> Optimizer:
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     nesterov = config.nesterov and config.momentum > 0
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+    fused = next(model.parameters()).is_cuda
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 
 def build_schedule(optimizer: Optimizer, config: ClsConfig, *, steps_per_epoch: int, total_steps: int) -> LRScheduler:

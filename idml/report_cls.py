@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from augment import MixedBatch, denormalise
 from idml.data.image_dataset import DataSplits
-from idml.data.torch_loader import TorchLoader
+from idml.data.torch_loader import Loader
 from idml.metrics.classification import Predictions
-from idml.pictures import as_tensor, extremes_grid, mixed_grid, save_png
-from idml.run import Run
+from idml.pictures import extremes_grid, mixed_grid
+from idml.run import Run, write_text
 
 
 def epoch_line(metrics: Mapping[str, Any]) -> str:
@@ -27,12 +30,35 @@ def epoch_line(metrics: Mapping[str, Any]) -> str:
     return line + f"  {metrics['images_per_second']:.0f} images/s"
 
 
+def write_confusion(
+    directory: Path, predictions: Predictions, classes: Sequence[str], metrics: Mapping[str, float], *, tta: str
+) -> None:
+    """``confusion.csv`` (rows: true class, columns: predicted), ``confusion.png`` and ``metrics.json`` in a folder."""
+    import matplotlib.figure  # slow to import: only where used
+    from sklearn.metrics import confusion_matrix
+
+    directory.mkdir(parents=True, exist_ok=True)
+    matrix = confusion_matrix(predictions.label, predictions.predicted, labels=range(len(classes)))
+    with (directory / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    figure = matplotlib.figure.Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.add_subplot()
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(1)
+    figure.colorbar(axes.imshow(shares, cmap="gray_r", vmin=0, vmax=1), label="share of the true class")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"top-1 {metrics['top1']:.2%}")
+    if len(classes) <= 100:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=min(9, 500 / len(classes)))
+        axes.set_yticks(range(len(classes)), classes, fontsize=min(9, 500 / len(classes)))
+    figure.savefig(directory / "confusion.png", dpi=120)
+    write_text(directory / "metrics.json", json.dumps(dict(metrics) | {"tta": tta}, indent=2) + "\n")
+
+
 def draw_mixed(run: Run, batch: MixedBatch, data: DataSplits, step: int) -> None:
     """A grid of one mixed training batch with its lam, as ``pictures/mixed.png`` and in TensorBoard."""
     images = denormalise(batch.images[:16], data.preprocessing.mean, data.preprocessing.std).cpu()
-    picture = mixed_grid(images, batch, data.train.classes)
-    save_png(picture, run.directory / "pictures" / "mixed.png")
-    run.tensorboard.add_image("mixed training images", as_tensor(picture), step)
+    run.log_picture("mixed", "mixed training images", mixed_grid(images, batch, data.train.classes), step)
 
 
 def _ranking(predictions: Predictions, *, ism_on: bool) -> tuple[str, Tensor]:
@@ -46,11 +72,11 @@ def log_histograms(run: Run, predictions: Predictions, epoch: int, *, ism_on: bo
     right = predictions.predicted == predictions.label
     for group, chosen in (("all", scores), ("right", scores[right]), ("wrong", scores[~right])):
         if len(chosen):
-            run.tensorboard.add_histogram(f"{name} of test images/{group}", chosen, epoch)
+            run.log_histogram(f"{name} of test images/{group}", chosen, epoch)
 
 
 def draw_extremes(
-    run: Run, predictions: Predictions, loader: TorchLoader, classes: Sequence[str], epoch: int, *, ism_on: bool
+    run: Run, predictions: Predictions, loader: Loader, classes: Sequence[str], epoch: int, *, ism_on: bool
 ) -> None:
     """The eight most and eight least uncertain test images, as ``pictures/uncertain.png`` and in TensorBoard."""
     name, scores = _ranking(predictions, ism_on=ism_on)
@@ -62,5 +88,4 @@ def draw_extremes(
         label, predicted = int(predictions.label[index]), int(predictions.predicted[index])
         captions.append(classes[label] if label == predicted else f"{classes[label]}, not {classes[predicted]}")
     picture = extremes_grid(loader.images_at(chosen), scores[chosen], captions, name=name)
-    save_png(picture, run.directory / "pictures" / "uncertain.png")
-    run.tensorboard.add_image("most and least uncertain test images", as_tensor(picture), epoch)
+    run.log_picture("uncertain", "most and least uncertain test images", picture, epoch)

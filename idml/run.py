@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from idml.config import dump_config
 from idml.data.image_dataset import DataSplits
+from idml.distributed import is_main, world_size
 from idml.errors import UserError
+from idml.pictures import as_tensor, save_png
 from idml.state import TrainingState
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "ffcv", "tensorboard", "pytorch-metric-learning")
@@ -72,6 +77,8 @@ class Run:
     Holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``results.json`` (only once the run is complete),
     ``checkpoints/``, ``tensorboard/`` and ``pictures/``.
 
+    Under torchrun rank 0 alone writes; on the other ranks every method does nothing.
+
     Args:
         directory: made if it is not there.
         config: the resolved config, a dataclass.
@@ -82,6 +89,12 @@ class Run:
 
     def __init__(self, directory: Path, config: Any) -> None:
         self.directory, self.config = directory, config
+        self.started = time.time()
+        self.last: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+        self._log: SummaryWriter | None = None
+        if not is_main():
+            return
         if (directory / "metrics.jsonl").exists() or (directory / "results.json").exists():
             raise UserError(f"{directory} already holds a run; give another --output-dir, or remove it")
         try:
@@ -90,12 +103,25 @@ class Run:
             write_text(directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise UserError(f"cannot write to the run directory {directory}: {error.strerror}") from None
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
+        if config.wandb:
+            start_wandb(directory, dataclasses.asdict(config))
+        self._log = SummaryWriter(str(directory / "tensorboard"))
 
-        self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
-        self.started = time.time()
-        self.last: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        """One number for TensorBoard."""
+        if self._log is not None:
+            self._log.add_scalar(name, value, step)
+
+    def log_histogram(self, name: str, values: Tensor, step: int) -> None:
+        """A histogram for TensorBoard."""
+        if self._log is not None:
+            self._log.add_histogram(name, values, step)
+
+    def log_picture(self, name: str, title: str, picture: Image.Image, step: int) -> None:
+        """``pictures/<name>.png``, and the same in TensorBoard under ``title``."""
+        if self._log is not None:
+            save_png(picture, self.directory / "pictures" / f"{name}.png")
+            self._log.add_image(title, as_tensor(picture), step)
 
     def log_epoch(self, metrics: Mapping[str, Any], *, pick_by: str) -> bool:
         """Append one epoch to ``metrics.jsonl`` and TensorBoard.
@@ -108,15 +134,17 @@ class Run:
             Whether this is the best epoch so far.
         """
         self.last = dict(metrics)
+        is_best = self.best is None or metrics[pick_by] > self.best[pick_by]
+        if is_best:
+            self.best = dict(metrics)
+        if self._log is None:
+            return is_best
         line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
         with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "epoch":
-                self.tensorboard.add_scalar(name, value, metrics["epoch"])
-        is_best = self.best is None or metrics[pick_by] > self.best[pick_by]
-        if is_best:
-            self.best = dict(metrics)
+                self.log_scalar(name, value, metrics["epoch"])
         return is_best
 
     @property
@@ -125,21 +153,22 @@ class Run:
         return self.directory / "checkpoints" / "last.pt"
 
     def has_picture(self, name: str) -> bool:
-        """Whether ``pictures/<name>.png`` has been drawn."""
-        return (self.directory / "pictures" / f"{name}.png").exists()
+        """Whether ``pictures/<name>.png`` has been drawn, or is not this rank's to draw."""
+        return self._log is None or (self.directory / "pictures" / f"{name}.png").exists()
 
-    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits) -> Path:
+    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits) -> None:
         """Write ``checkpoints/<name>.pt``: the state, the config, the class names and the preprocessing.
 
         It holds tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
         """
+        if self._log is None:
+            return
         path = self.directory / "checkpoints" / f"{name}.pt"
         temporary = path.with_name(path.name + ".tmp")
         preprocessing = dataclasses.asdict(data.preprocessing)
         about = {"config": dataclasses.asdict(self.config), "classes": list(data.train.classes)}
         torch.save(state.state_dict() | about | {"preprocessing": preprocessing}, temporary)
         temporary.replace(path)
-        return path
 
     def finish(self, *, picked_on: str) -> dict[str, Any]:
         """Write ``results.json`` and close TensorBoard; returns what was written."""
@@ -156,10 +185,14 @@ class Run:
             "git_commit": git_commit(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "hardware": hardware(),
+            "processes": world_size(),
             "wall_seconds": round(time.time() - self.started, 3),
         }
-        write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
-        self.tensorboard.close()
+        if self._log is not None:
+            write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
+            self._log.close()
+            if self.config.wandb:
+                sys.modules["wandb"].finish()
         return results
 
 
@@ -174,6 +207,15 @@ def hardware() -> str:
     except OSError:
         pass  # not Linux: the name from platform stands
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+
+
+def start_wandb(directory: Path, config: dict[str, Any]) -> None:
+    """Have Weights & Biases mirror what goes to TensorBoard from now on; UserError without its package."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install 'idml[wandb]', or pip install wandb") from None
+    wandb.init(project="idml", name=directory.name, dir=str(directory), config=config, sync_tensorboard=True)
 
 
 def default_run_directory(name: str) -> Path:

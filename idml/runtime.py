@@ -7,7 +7,9 @@ import random
 
 import numpy as np
 import torch
+from torch import nn
 
+from idml.distributed import local_rank, world_size
 from idml.errors import UserError
 
 
@@ -20,6 +22,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: torch {torch.__version__} sees no such device here; take --device auto or cpu"
         )
+    if name == "cuda" and world_size() > 1:
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
@@ -34,6 +39,34 @@ def seed_everything(seed: int, *, deterministic: bool = False, threads: int | No
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's determinism asks of cuBLAS
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def place_model(model: nn.Module, device: torch.device, *, channels_last: bool, sync_bn: bool, tf32: bool) -> nn.Module:
+    """The model on its device and in its memory layout; with synchronised batch norm if asked for.
+
+    Raises:
+        UserError: synchronised batch norm on a device for which torch has none.
+    """
+    if tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    if sync_bn:
+        if device.type != "cuda":
+            raise UserError(
+                "--sync-bn: torch synchronises batch norm on GPUs only; on the CPU take --bn-freeze, or neither"
+            )
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Batch norm in evaluation mode, its scale and shift without gradient; to be done again after ``model.train()``."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -18,6 +18,7 @@ class TrainingState:
 
     Attributes:
         model: the network in training.
+        network: what is called in training: the model itself, or compiled, or wrapped for several processes.
         optimizer, schedule, scaler: the schedule counts steps; the scaler does nothing but for fp16.
         generator: CPU generator of augmentation and mixing.
         ema: moving average of the model, or None.
@@ -25,6 +26,7 @@ class TrainingState:
     """
 
     model: nn.Module
+    network: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler

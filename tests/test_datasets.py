@@ -129,9 +129,8 @@ def test_a_folder_with_train_and_val(image_folder: Path) -> None:
     data = read_splits(folder_config(image_folder))
     assert data.train.classes == ("bag", "boot", "coat")
     assert (len(data.train), len(data.test), data.val) == (36, 12, None)
-    assert all(
-        path.parent.name == data.train.classes[label] for path, label in zip(data.train.paths, data.train.labels)
-    )
+    named = zip(data.train.paths, data.train.labels, strict=True)
+    assert all(path.parent.name == data.train.classes[label] for path, label in named)
 
 
 def test_a_folder_given_as_two_directories_or_as_one(image_folder: Path) -> None:

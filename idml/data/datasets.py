@@ -19,6 +19,8 @@ from idml.data.image_dataset import (
     hold_out,
 )
 from idml.data.image_files import list_class_folders, without_unreadable
+from idml.data.imagenet import LAYOUT as IMAGENET_LAYOUT
+from idml.data.imagenet import read_imagenet
 from idml.errors import UserError
 
 FASHION_CLASSES = (
@@ -133,6 +135,47 @@ def read_digits(config: ClsConfig) -> SourceData:
     )
 
 
+CIFAR_MEAN, CIFAR_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
+"""Statistics that the CutMix recipe normalises CIFAR-10 and CIFAR-100 with."""
+
+
+def read_cifar(config: ClsConfig) -> SourceData:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), 50,000 + 10,000 images, from the python pickles in ``--data-dir``.
+
+    torchvision reads them, and only after their checksums were found right: a pickle can run anything.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+    root, size = config.data_dir or "data", config.image_size or 32
+    try:
+        train, test = (kind(root, train=is_train, download=config.download) for is_train in (True, False))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"no {config.dataset} in {root} ({str(error).splitlines()[0]}): expected {root}/{kind.base_folder} as its "
+            f"archive {kind.filename} unpacks, with the published checksums; put it there, or give --download"
+        ) from None
+    splits = [
+        ImageDataset(
+            labels=np.array(part.targets, np.int64), classes=tuple(part.classes), images=fit_square(part.data, size)
+        )
+        for part in (train, test)
+    ]
+    preprocessing = Preprocessing(image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD)
+    return SourceData(train=splits[0], test=splits[1], preprocessing=preprocessing, crop_padding=CROP_PADDING)
+
+
+def read_imagenet_splits(config: ClsConfig) -> SourceData:
+    """ImageNet-1K: trained on train/, figures of val/. Its files are checked as they are read, not all beforehand."""
+    if config.data_dir is None:
+        raise UserError(f"dataset imagenet needs --data-dir: {IMAGENET_LAYOUT}")
+    train, val = read_imagenet(Path(config.data_dir))
+    if config.skip_bad_images:
+        train = without_unreadable(train, skip=True, workers=config.workers)
+        val = without_unreadable(val, skip=True, workers=config.workers)
+    return SourceData(train=train, test=val, preprocessing=Preprocessing(image_size=config.image_size or 224))
+
+
 FOLDER_LAYOUT = "one folder per class with images in it, as DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
 
 
@@ -174,6 +217,9 @@ READERS: dict[str, Callable[[ClsConfig], SourceData]] = {
     "fashion-mnist-mini": read_fashion_mnist_mini,
     "fashion-mnist": read_fashion_mnist,
     "digits": read_digits,
+    "cifar10": read_cifar,
+    "cifar100": read_cifar,
+    "imagenet": read_imagenet_splits,
     "folder": read_folder,
 }
 

@@ -37,6 +37,12 @@ def train_batches(
     return [order[start:end][rank::world_size] for start, end in zip(starts, ends, strict=True)]
 
 
+def global_batch_sizes(num_samples: int, batch_size: int, world_size: int = 1) -> list[int]:
+    """Images of each step of an epoch over all ranks; their sum is ``num_samples``."""
+    steps = num_train_batches(num_samples, batch_size, world_size)
+    return [batch_size] * (steps - 1) + [num_samples - (steps - 1) * batch_size]
+
+
 def eval_batches(num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
     """All samples in order, dealt out to the ranks in batches of ``batch_size`` per rank, the last one partial."""
     own = np.arange(rank, num_samples, world_size)

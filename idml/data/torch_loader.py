@@ -8,7 +8,7 @@ order with the last partial batch kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,23 @@ EVAL_RESIZE = 256 / 224
 
 CROP_SCALE = (0.08, 1.0)
 """Share of the area in a random resized crop (Szegedy et al. 2015; torchvision's default)."""
+
+
+class Loader(Protocol):
+    """What every loader offers; see the module's contract."""
+
+    dataset: ImageDataset
+
+    def __len__(self) -> int: ...
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The indices of each batch of ``epoch`` on this rank."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch; give a new number for each pass in training."""
+
+    def images_at(self, indices: Sequence[int]) -> Tensor:
+        """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
 
 
 class _Batches(Dataset):

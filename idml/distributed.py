@@ -1,0 +1,89 @@
+"""Several processes under torchrun; every function does nothing, or the obvious, when there is only one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def setup(device_type: str) -> None:
+    """Join the process group that torchrun describes in the environment (NCCL for CUDA, gloo otherwise)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0; known before ``setup`` too."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine: which GPU is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are over all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, as a new tensor; the tensor itself when there is one process."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor, in place, with that of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def gather_interleaved(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Rows that were dealt out to the ranks in turn, back in their order, on every rank.
+
+    Args:
+        columns: tensors of this rank's n_r rows each: row i is row ``i * world_size + rank`` of the whole. On the CPU.
+
+    Returns:
+        As many tensors with all rows.
+    """
+    if not dist.is_initialized():
+        return list(columns)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, [column.cpu() for column in columns])
+    whole = []
+    for number in range(len(columns)):
+        pieces = [part[number] for part in parts]
+        merged = torch.empty(sum(map(len, pieces)), *pieces[0].shape[1:], dtype=pieces[0].dtype)
+        for index, piece in enumerate(pieces):
+            merged[index :: world_size()] = piece
+        whole.append(merged)
+    return whole
