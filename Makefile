@@ -1,6 +1,6 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint
+.PHONY: help install demo test lint ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
@@ -9,6 +9,7 @@ help:
 	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
 	@echo "make test      lint, types and tests (SLOW=0 leaves the slow tests out)"
 	@echo "make install   only make .venv"
+	@echo "make ffcv-wheel  a wheel of FFCV with its libraries inside, for machines where you are not root"
 
 install:
 	@bash .ci/install
@@ -20,6 +21,9 @@ demo: install
 			--output-dir $(DEMO)/$$method || exit $$?; \
 	done
 	@$(PY) -m idml table $(DEMO)/baseline $(DEMO)/cutmix $(DEMO)/idml-cutmix
+
+ffcv-wheel: install
+	@bash .ci/ffcv-wheel
 
 lint: install
 	.venv/bin/ruff check .

@@ -76,19 +76,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     # Whatever a user's mistake can break comes before the run directory is made.
     device = choose_device(config.device)
     distributed.setup(device.type)
-    try:
-        seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
-        data = read_splits(config)
-        model = place_model(
-            build_model(config, data),
-            device,
-            channels_last=config.channels_last,
-            sync_bn=config.sync_bn,
-            tf32=config.tf32,
-        )
-        loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
-        if config.eval_only:
-            return evaluate_checkpoint(config, data, model, loaders)
+    seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
+    data = read_splits(config)
+    model = build_model(config, data)
+    model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
+    if config.eval_only:
+        results = evaluate_checkpoint(config, data, model, loaders)
+    else:
         name = f"{config.dataset}-{config.method}-s{config.seed}"
         run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
         say(
@@ -96,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
             f"{distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
         )
-        return train(config, data, model, loaders, run)
-    finally:
-        distributed.shutdown()
+        results = train(config, data, model, loaders, run)
+    distributed.shutdown()
+    return results
 
 
 def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:

@@ -1,16 +1,18 @@
 """``python -m idml <command>``.
 
-table RUN [RUN ...]   one row per run directory
+table RUN [RUN ...]                    one row per run directory
+ffcv-write --dataset D --out X.beton   write a split of a data set for FFCV (--help lists the options)
 """
 
 from __future__ import annotations
 
 import sys
 
+from idml.data.ffcv_write import ffcv_write
 from idml.errors import UserError, nearest, run_main
 from idml.tables import print_table
 
-COMMANDS = {"table": print_table}
+COMMANDS = {"table": print_table, "ffcv-write": ffcv_write}
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from idml.distributed import world_size
 from idml.errors import UserError
 
+IN_PACKAGE = ("fashion-mnist-mini", "digits")
+"""Data sets that come with an installed package: small, and in memory in any case."""
+
 if TYPE_CHECKING:
     from idml.config_cls import ClsConfig
 
@@ -38,7 +41,6 @@ def check_ranges(config: ClsConfig) -> None:
         "grad_accum": (1, config.batch_size),
         "color_jitter": (0, 1),
         "lighting": (0, math.inf),
-        "ffcv_max_side": (0, math.inf),
     }
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
@@ -89,18 +91,18 @@ def warn_without_effect(config: ClsConfig, defaults: ClsConfig, given: set[str])
         unused |= dict.fromkeys(("train_dir", "val_dir"), f"they belong to dataset folder, not {config.dataset}")
     if config.dataset not in ("folder", "imagenet"):
         in_memory = f"dataset {config.dataset} is held in memory"
-        unused |= dict.fromkeys(("skip_bad_images", "ffcv_mode", "ffcv_max_side"), in_memory)
-        if config.loader != "ffcv":
-            unused |= dict.fromkeys(("workers", "cache_dir"), in_memory)
-    elif config.loader == "torch":
-        unused |= dict.fromkeys(("cache_dir", "ffcv_mode", "ffcv_max_side"), "the loader is torch, not FFCV")
+        unused["skip_bad_images"] = in_memory
+        if config.loader == "torch" or (config.dataset in IN_PACKAGE and config.loader == "auto"):
+            unused["workers"] = in_memory
+    if config.loader == "torch" or (config.dataset in IN_PACKAGE and config.loader == "auto"):
+        unused["cache_dir"] = "the loader is torch, not FFCV"
     if config.dataset not in ("fashion-mnist", "cifar10", "cifar100"):
         unused["download"] = f"dataset {config.dataset} is not downloaded"
     if config.pretrained in (None, "timm"):
         unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
-    if config.dataset in ("fashion-mnist-mini", "digits"):
+    if config.dataset in IN_PACKAGE:
         unused["data_dir"] = f"dataset {config.dataset} comes with an installed package"
     for name, reason in unused.items():
         value = getattr(config, name)

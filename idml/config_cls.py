@@ -22,11 +22,6 @@ Mix = Literal["none", "mixup", "cutmix"]
 Method = Literal["baseline", "ism", "mixup", "idml-mixup", "cutmix", "idml-cutmix"]
 Dataset = Literal["fashion-mnist-mini", "fashion-mnist", "digits", "cifar10", "cifar100", "imagenet", "folder"]
 
-IN_PACKAGE = ("fashion-mnist-mini", "digits")
-DOWNLOADABLE = ("fashion-mnist", "cifar10", "cifar100")
-FROM_FILES = ("imagenet", "folder")
-"""Data sets that come with an installed package, that torchvision can download, that are image files on disk."""
-
 METHODS: dict[Method, tuple[IsmVariant, Mix]] = {
     "baseline": ("off", "none"),
     "ism": ("live", "none"),
@@ -68,10 +63,6 @@ class ClsConfig:
     workers: int = option(2, "processes or threads per GPU that load images", "-j")
     loader: Literal["auto", "ffcv", "torch"] = option("auto", "auto takes FFCV where it is installed, and says so")
     cache_dir: str | None = option(None, "where FFCV's .beton files go; default beside the data, else ~/.cache/idml")
-    ffcv_mode: Literal["raw", "jpg", "proportion"] = option(
-        "jpg", "how image files are stored in a .beton; arrays: raw"
-    )
-    ffcv_max_side: int = option(500, "longer sides are reduced to this when image files are written; 0: never")
     crop_padding: int | None = option(
         None, "zeros added before a random crop; default 4 for small images in memory, else 0"
     )
@@ -93,7 +84,7 @@ class ClsConfig:
     weight_decay: float = option(1e-4, "1e-4 in the published recipes")
     decay_bn_bias: bool = option(True, "apply weight decay to batch norm and biases too, as the published recipes do")
     schedule: Literal["step", "cosine", "onecycle"] = option("onecycle", "course of the learning rate, step by step")
-    lr_milestones: list[int] | None = option(None, "epochs after which step multiplies; default 50 %% and 75 %% of all")
+    lr_milestones: list[int] | None = option(None, "epochs after which step multiplies; default 50 % and 75 % of all")
     lr_gamma: float = option(0.1, "factor of the step schedule")
     warmup_epochs: float = option(0.0, "linear warm-up before step or cosine")
     label_smoothing: float = option(0.0, "mass spread over the other classes")
@@ -154,7 +145,7 @@ def parse_cls_config(argv: Sequence[str], *, description: str) -> tuple[ClsConfi
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
     config = build_config(ClsConfig, dict(item for layer in layers for item in layer.items()))
-    _resolve(config, given=set(file) | set(flags))
+    _resolve(config, set(file) | set(flags), set(flags))
     check_ranges(config)
     warn_without_effect(config, ClsConfig(), set(file) | set(flags))
     return config, print_config
@@ -179,8 +170,8 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known - of_that_run}
 
 
-def _resolve(config: ClsConfig, given: set[str]) -> None:
-    """Fill in what follows from other options."""
+def _resolve(config: ClsConfig, given: set[str], flags: set[str]) -> None:
+    """Fill in what follows from other options; ``given`` were set anywhere, ``flags`` on the command line."""
     config.method = next(
         m for m, (i, x) in METHODS.items() if (i != "off") == (config.ism != "off") and x == config.mix
     )
@@ -191,9 +182,9 @@ def _resolve(config: ClsConfig, given: set[str]) -> None:
             raise UserError("give --batch-size (over all processes) or --batch-size-per-gpu, not both")
         config.batch_size = config.batch_size_per_gpu * world_size() * config.grad_accum
         config.batch_size_per_gpu = None
-    if config.expname is not None:
-        if config.output_dir is not None:
-            raise UserError("give --expname or --output-dir, not both")
+    if {"expname", "output_dir"} <= flags:
+        raise UserError("give --expname or --output-dir, not both")
+    if config.expname is not None and ("expname" in flags or config.output_dir is None):
         config.output_dir = str(Path("runs") / config.expname)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,6 +97,8 @@ class Run:
         self._log: SummaryWriter | None = None
         if not is_main():
             return
+        if config.wandb:
+            require_wandb()
         if (directory / "metrics.jsonl").exists() or (directory / "results.json").exists():
             raise UserError(f"{directory} already holds a run; give another --output-dir, or remove it")
         try:
@@ -192,7 +196,7 @@ class Run:
             write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
             self._log.close()
             if self.config.wandb:
-                sys.modules["wandb"].finish()
+                require_wandb().finish()
         return results
 
 
@@ -209,13 +213,17 @@ def hardware() -> str:
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
 
 
-def start_wandb(directory: Path, config: dict[str, Any]) -> None:
-    """Have Weights & Biases mirror what goes to TensorBoard from now on; UserError without its package."""
+def require_wandb() -> ModuleType:
+    """The package wandb; UserError when it is not installed."""
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install 'idml[wandb]', or pip install wandb") from None
-    wandb.init(project="idml", name=directory.name, dir=str(directory), config=config, sync_tensorboard=True)
+
+
+def start_wandb(directory: Path, config: dict[str, Any]) -> None:
+    """Have Weights & Biases mirror what goes to TensorBoard from now on."""
+    require_wandb().init(project="idml", name=directory.name, dir=str(directory), config=config, sync_tensorboard=True)
 
 
 def default_run_directory(name: str) -> Path:

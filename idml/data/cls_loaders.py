@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from idml.checks_cls import IN_PACKAGE
 from idml.config_cls import ClsConfig
-from idml.data.image_dataset import DataSplits
+from idml.data.image_dataset import DataSplits, ImageDataset
+from idml.data.loaders import build_loader
 from idml.data.torch_loader import Loader, TorchLoader
 from idml.distributed import rank, world_size
 
@@ -30,22 +32,48 @@ class ClsLoaders:
 
 
 def build_cls_loaders(data: DataSplits, config: ClsConfig, *, pin_memory: bool) -> ClsLoaders:
-    """The loaders that a config asks for, FFCV's .beton files written where they are needed."""
+    """The loaders that a config asks for; FFCV's .beton files are written where they are needed.
+
+    Raises:
+        UserError: FFCV was asked for and is not there, or a .beton cannot be written.
+    """
     size = data.preprocessing.image_size
-    ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "pin_memory": pin_memory}
-    evaluation: dict[str, Any] = {"batch_size": EVAL_BATCH_SIZE, "image_size": size, "train": False, **ranks}
+    shared: dict[str, Any] = {
+        "workers": config.workers,
+        "rank": rank(),
+        "world_size": world_size(),
+        "pin_memory": pin_memory,
+    }
+    evaluation: dict[str, Any] = {"batch_size": EVAL_BATCH_SIZE, "image_size": size, "train": False, **shared}
+    training: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "image_size": config.progressive[1] if config.progressive else size,
+        "train": True,
+        "seed": config.seed,
+        **shared,
+    }
     probe = data.train.subset(np.linspace(0, len(data.train) - 1, min(PROBE_IMAGES, len(data.train)), dtype=int))
     return ClsLoaders(
-        train=TorchLoader(
-            data.train,
-            batch_size=config.batch_size,
-            image_size=config.progressive[1] if config.progressive else size,
-            train=True,
-            seed=config.seed,
-            workers=config.workers,
-            **ranks,
-        ),
-        test=TorchLoader(data.test, workers=config.workers, **evaluation),
-        val=TorchLoader(data.val, workers=config.workers, **evaluation) if data.val else None,
-        probe=TorchLoader(probe, workers=config.workers, **evaluation),
+        train=_loader(data.train, config, "train", training),
+        test=_loader(data.test, config, "test", evaluation),
+        val=_loader(data.val, config, "val", evaluation) if data.val else None,
+        # Few images, once an epoch: not worth a second reader of the training .beton.
+        probe=TorchLoader(probe, **evaluation),
+    )
+
+
+def _loader(dataset: ImageDataset, config: ClsConfig, split: str, arguments: dict[str, Any]) -> Loader:
+    """The loader of one split; a data set inside a package is too small for FFCV to gain anything."""
+    if config.loader == "torch" or (config.loader == "auto" and config.dataset in IN_PACKAGE):
+        return TorchLoader(dataset, **arguments)
+    whole, rows = dataset.origin or (dataset, None)
+    return build_loader(
+        whole,
+        subset=rows,
+        loader=config.loader,
+        source=config.dataset,
+        split=split,
+        cache_dir=config.cache_dir,
+        verbose=config.verbose,
+        **arguments,
     )

@@ -24,12 +24,14 @@ class ImageDataset:
         classes: class names; position is label.
         images: (N, H, W, C) uint8 with C 1 or 3, or None when ``paths`` is given.
         paths: N image files, or None when ``images`` is given.
+        origin: for a subset, the data set that it was taken from and the (N,) int64 positions there.
     """
 
     labels: np.ndarray
     classes: tuple[str, ...]
     images: np.ndarray | None = None
     paths: tuple[Path, ...] | None = None
+    origin: tuple[ImageDataset, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         assert (self.images is None) != (self.paths is None)
@@ -40,11 +42,13 @@ class ImageDataset:
 
     def subset(self, indices: np.ndarray) -> ImageDataset:
         """The images at ``indices`` ((K,) int64), with all the classes."""
+        whole, positions = self.origin or (self, np.arange(len(self)))
         return dataclasses.replace(
             self,
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices),
+            origin=(whole, positions[indices]),
         )
 
 

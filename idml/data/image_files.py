@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -85,4 +86,4 @@ def without_unreadable(dataset: ImageDataset, *, skip: bool, workers: int) -> Im
         raise UserError(f"{summary}. Repair or remove them, or go on without them with --skip-bad-images")
     warnings.warn(f"left out: {summary}", UserWarning, stacklevel=2)
     good = np.array([index for index, error in enumerate(errors) if error is None], np.int64)
-    return dataset.subset(good)
+    return dataclasses.replace(dataset.subset(good), origin=None)  # nobody needs the bad files again

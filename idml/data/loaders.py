@@ -1,0 +1,155 @@
+"""Which loader reads a data set, and the .beton that FFCV's needs: found, or written on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from idml.data.beton import (
+    BetonSettings,
+    beton_matches,
+    check_beton,
+    fingerprint,
+    import_ffcv,
+    read_sidecar,
+    shared_folder,
+)
+from idml.data.ffcv_write import write_beton
+from idml.data.image_dataset import ImageDataset
+from idml.data.torch_loader import Loader, TorchLoader
+from idml.errors import UserError
+
+LoaderName = Literal["auto", "ffcv", "torch"]
+
+POLL_SECONDS = 0.5
+"""Between two looks of a waiting process for the file that rank 0 writes."""
+
+
+def build_loader(
+    dataset: ImageDataset,
+    *,
+    loader: LoaderName,
+    source: str,
+    split: str,
+    cache_dir: str | Path | None = None,
+    beton: str | Path | None = None,
+    settings: BetonSettings | None = None,
+    subset: np.ndarray | None = None,
+    verbose: bool = True,
+    **arguments: Any,
+) -> Loader:
+    """The loader asked for, and a printed line (by rank 0) that says which it is and why.
+
+    ``auto`` takes FFCV where it imports. The .beton is looked for in ``cache_dir``, else beside the folder of the
+    files, else in the user's cache: any one there that was written from this data serves. If none does, it is written:
+    raw for images in memory and for files that are not JPEG, else the JPEG files byte for byte, so that no image
+    changes. Under torchrun rank 0 writes and the others wait until the file is there, however long that takes.
+
+    Args:
+        dataset: what to read.
+        loader: auto, ffcv or torch.
+        source, split: name of the data set and of this part of it, for messages, file name and sidecar.
+        cache_dir: folder of .beton files.
+        beton: a file to take in place of all that.
+        settings: how images must be stored; by default any way serves.
+        subset: (K,) int64: read only these images of ``dataset``, from the .beton of all of them.
+        verbose: print the line, and draw a bar while writing.
+        arguments: those of ``TorchLoader``: batch_size, image_size, train, seed, workers, rank, world_size, pin_memory.
+
+    Raises:
+        UserError: FFCV was asked for and does not import; ``beton`` does not fit; no .beton can be written.
+    """
+    chosen = dataset if subset is None else dataset.subset(subset)
+    verbose = verbose and arguments.get("rank", 0) == 0
+
+    def say(text: str) -> None:
+        if verbose:
+            print(f"{split} images: {text}", flush=True)
+
+    if loader == "torch":
+        say("torch loader (asked for)")
+        return TorchLoader(chosen, **arguments)
+    try:
+        ffcv_loader = import_ffcv()
+    except UserError as error:
+        if loader == "ffcv":
+            raise
+        say(f"torch loader, because {error}")
+        return TorchLoader(chosen, **arguments)
+    if beton is not None:
+        path, how = Path(beton), "asked for"
+        check_beton(path, dataset.classes, len(dataset))
+    else:
+        digest = fingerprint(dataset)
+        default = default_beton(dataset, source=source, split=split, cache_dir=cache_dir)
+        found = find_beton(default, dataset, settings, digest)
+        path, how = found or default, "written earlier from the same images"
+        if found is None:
+            how = "written now"
+            if arguments.get("rank", 0) == 0:
+                say(f"writing {path} ({beton_matches(path, dataset, settings, digest=digest)})")
+                settings = settings or unchanged(dataset)
+                threads = os.cpu_count() or 1
+                write_beton(
+                    dataset,
+                    path,
+                    settings,
+                    source=source,
+                    split=split,
+                    workers=threads,
+                    progress=verbose,
+                    digest=digest,
+                )
+            else:
+                _wait_for(path, dataset, settings, digest)
+    mode = read_sidecar(path).settings.mode
+    say(f"FFCV loader ({'it imports' if loader == 'auto' else 'asked for'}), from {path} ({mode}, {how})")
+    return ffcv_loader.FfcvLoader(chosen, beton=path, rows=subset, **arguments)
+
+
+def unchanged(dataset: ImageDataset) -> BetonSettings:
+    """The smallest way to store the images that changes none of them."""
+    jpegs = dataset.paths is not None and all(path.suffix.lower() in (".jpg", ".jpeg") for path in dataset.paths)
+    return BetonSettings(mode="jpg" if jpegs else "raw")
+
+
+def default_beton(dataset: ImageDataset, *, source: str, split: str, cache_dir: str | Path | None) -> Path:
+    """Where the .beton of a data set is written when nobody says.
+
+    In ``cache_dir``; without it beside the folder that holds the files (photos/train.beton for photos/train); for
+    images in memory, or where that cannot be written, in the user's cache ($XDG_CACHE_HOME/idml, ~/.cache/idml).
+    """
+    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "idml")
+    if dataset.images is not None:
+        return cache / f"{source}-{split}-{dataset.images.shape[1]}px.beton"
+    folder = Path(os.path.abspath(shared_folder(dataset)))
+    name = split if folder.name == split else f"{folder.name}-{split}"
+    if cache_dir is None and os.access(folder.parent, os.W_OK):
+        return folder.parent / f"{name}.beton"
+    # Two folders of one name must not share a file.
+    return cache / f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.beton"
+
+
+def find_beton(default: Path, dataset: ImageDataset, settings: BetonSettings | None, digest: str) -> Path | None:
+    """A .beton of the data set: ``default`` or, by name, any other in its folder; None if there is none."""
+    for path in [default, *sorted(default.parent.glob("*.beton"))]:
+        if beton_matches(path, dataset, settings, digest=digest) is None:
+            reduced = read_sidecar(path).settings.max_side is not None
+            if dataset.images is None or not reduced:  # images in memory are not resized while they are read
+                return path
+    return None
+
+
+def _wait_for(path: Path, dataset: ImageDataset, settings: BetonSettings | None, digest: str) -> None:
+    """Return when rank 0 has written the file.
+
+    Not with a barrier: it would give up after minutes, where writing a large data set takes hours. If rank 0 fails,
+    torchrun ends this process.
+    """
+    while beton_matches(path, dataset, settings, digest=digest) is not None:
+        time.sleep(POLL_SECONDS)
