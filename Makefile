@@ -31,4 +31,4 @@ lint: install
 	.venv/bin/mypy
 
 test: lint
-	$(PY) -m pytest --cov --cov-report=term $(if $(filter 0,$(SLOW)),-m "not slow")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term $(if $(filter 0,$(SLOW)),-m "not slow")

@@ -86,7 +86,13 @@ def test_jpeg_files_stay_byte_for_byte_unless_a_quality_is_asked_for(tmp_path: P
     originals = [path.read_bytes() for path in files.paths]
     write(files, tmp_path / "x.beton", BetonSettings(mode="jpg"))
     same = [stored == original for stored, original in zip(stored_images(tmp_path / "x.beton"), originals, strict=True)]
-    assert same == [True, False, False, False] * 2  # grey ones and PNGs are encoded
+    assert same == [True, True, False, False] * 2  # PNGs are encoded
+    write(files, tmp_path / "x.beton", BetonSettings(mode="unchanged"))
+    for index, stored in enumerate(stored_images(tmp_path / "x.beton")):
+        if same[index]:
+            assert stored == originals[index]
+        else:
+            np.testing.assert_array_equal(stored, np.asarray(Image.open(files.paths[index]).convert("RGB")))
     write(files, tmp_path / "x.beton", BetonSettings(mode="jpg", quality=50))
     again = stored_images(tmp_path / "x.beton")
     assert all(isinstance(stored, bytes) for stored in again)
@@ -188,6 +194,11 @@ def test_bad_sidecar_is_one_line(tmp_path: Path, small: ImageDataset, text: obje
     with pytest.raises(UserError, match="ffcv-write") as caught:
         check_beton(path, small.classes, 60)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unchanged_excludes_changes() -> None:
+    with pytest.raises(UserError, match="--mode unchanged: neither --quality nor --max-side"):
+        BetonSettings(mode="unchanged", max_side=100)
 
 
 @pytest.mark.parametrize("values", [{"quality": 0}, {"quality": 101}, {"max_side": 7}, {"compress_probability": 1.5}])
@@ -311,6 +322,9 @@ def test_command_writes_a_split(image_folder: Path, tmp_path: Path, capsys: pyte
     assert "36 train images of 3 classes" in printed and "--split test" in printed
     ffcv_write(["--dataset", "folder", "--data-dir", str(image_folder), "--out", str(out), "--split", "test"])
     assert check_beton(out, ("bag", "boot", "coat"), 12).split == "test"
+    one_folder = ["--dataset", "folder", "--data-dir", str(image_folder / "train"), "--val-fraction", "0.2"]
+    ffcv_write([*one_folder, "--out", str(out)])
+    assert check_beton(out, ("bag", "boot", "coat"), 36)  # with the images that are held out
     ffcv_write(["--out", str(out), "--mode", "jpg", "--quality", "90", "--image-size", "28"])
     sidecar = check_beton(out, beton.read_sidecar(out).classes, 5000)
     assert (sidecar.source, sidecar.settings) == ("fashion-mnist-mini", BetonSettings(mode="jpg", quality=90))
@@ -320,10 +334,11 @@ def test_command_writes_a_split(image_folder: Path, tmp_path: Path, capsys: pyte
     ("arguments", "message"),
     [
         ([], "--out is missing"),
-        (["--out", "x.beton", "--split", "val"], "there is no val split"),
+        (["--out", "x.beton", "--split", "val"], "--split: expected one of train, test, got 'val'"),
         (["--out", "x.beton", "--mode", "png"], "--mode: expected one of raw, jpg, proportion, got 'png'"),
         (["--out", "x.beton", "--max-sied", "9"], "unknown option --max-sied; did you mean max-side"),
         (["--out", "x.beton", "--dataset", "folder"], "dataset folder needs"),
+        (["--out", "x.beton", "--val-fraction", "2"], "--val-fraction: expected a value between 0 and 0.9, got 2"),
     ],
 )
 def test_command_mistakes(in_tmp: Path, arguments: list[str], message: str) -> None:

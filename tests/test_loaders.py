@@ -77,7 +77,7 @@ def test_file_is_written_beside_the_data_reused_and_written_again(
     assert type(loader).__name__ == "FfcvLoader"
     printed = capsys.readouterr().out
     assert f"writing {path} (no file {path}" in printed
-    assert f"train images: FFCV loader (it imports), from {path} (raw, written now)\n" in printed
+    assert f"train images: FFCV loader (it imports), from {path} (unchanged, written now)\n" in printed
     torch_loader = build_loader(folder, loader="torch", verbose=False, **ARGUMENTS)
     for (a, _), (b, _) in zip(loader.epoch(0), torch_loader.epoch(0), strict=True):
         assert torch.equal(a, b)
@@ -85,7 +85,7 @@ def test_file_is_written_beside_the_data_reused_and_written_again(
     written = path.stat().st_mtime_ns
     build_loader(folder, loader="ffcv", **ARGUMENTS)
     assert path.stat().st_mtime_ns == written
-    assert capsys.readouterr().out.splitlines()[-1].endswith("(raw, written earlier from the same images)")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(unchanged, written earlier from the same images)")
 
     os.utime(folder.paths[0])
     build_loader(folder, loader="ffcv", **ARGUMENTS)

@@ -19,7 +19,7 @@ import numpy as np
 from idml.data.image_dataset import ImageDataset
 from idml.errors import UserError
 
-Mode = Literal["raw", "jpg", "proportion"]
+Mode = Literal["raw", "jpg", "proportion", "unchanged"]
 
 SIDECAR_FORMAT = 1
 """Number of the sidecar's layout; a file of another number is written again."""
@@ -37,10 +37,11 @@ class BetonSettings:
     """How images are stored.
 
     Attributes:
-        mode: raw bytes, JPEG, or each image one of the two by chance.
+        mode: raw bytes; JPEG; each image one of the two by chance; or JPEG files byte for byte and all else raw, so that
+            no image changes.
         max_side: larger images are reduced until their longer side is this, in pixels.
-        quality: of JPEGs, 1 to 100. None stores JPEG files that need no reduction byte for byte, and encodes the rest
-            at ``JPEG_QUALITY``.
+        quality: of JPEGs, 1 to 100. None leaves JPEG files that need no reduction as they are, and encodes the rest at
+            ``JPEG_QUALITY``.
         compress_probability: share of JPEGs in mode "proportion".
     """
 
@@ -50,6 +51,8 @@ class BetonSettings:
     compress_probability: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.mode == "unchanged" and (self.quality is not None or self.max_side is not None):
+            raise UserError("--mode unchanged: neither --quality nor --max-side has a place with it")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise UserError(f"--quality: expected a value between 1 and 100, got {self.quality}")
         if self.max_side is not None and self.max_side < 8:

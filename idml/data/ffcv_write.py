@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from idml.checks_cls import check_ranges
 from idml.config import build_config, dump_config, option, parse_command_line
 from idml.config_cls import ClsConfig, Dataset
 from idml.data.beton import (
@@ -159,8 +160,8 @@ def _remove_left_behind(path: Path) -> None:
 
 
 def _jpeg_share(count: int, settings: BetonSettings) -> np.ndarray:
-    """(N,) bool: which images become JPEGs; in mode "proportion" by a hash, so that a file can be written again."""
-    share = {"raw": 0.0, "jpg": 1.0, "proportion": settings.compress_probability}[settings.mode]
+    """(N,) bool: which images are encoded as JPEGs; in mode "proportion" by a hash, so that a file can be written again."""
+    share = {"jpg": 1.0, "proportion": settings.compress_probability}.get(settings.mode, 0.0)
     return np.array([hash_uniform(0, 0, index, 0) < share for index in range(count)], bool)
 
 
@@ -204,8 +205,8 @@ def _image_reader(
     def ready(path: Path) -> Any:
         """The file as it is, if it is a JPEG that needs no reduction and that the reading side decodes."""
         with Image.open(path) as image:
-            (width, height), colour_jpeg = image.size, image.format == "JPEG" and image.mode == "RGB"
-        if not colour_jpeg or _reduced(width, height, settings.max_side) != (width, height):
+            (width, height), fits = image.size, image.format == "JPEG" and image.mode in ("RGB", "L")
+        if not fits or _reduced(width, height, settings.max_side) != (width, height):
             return None
         data = path.read_bytes()
         fits = len(data) <= 3 * width * height and ffcv_loader.decodes(data, height, width)
@@ -218,7 +219,8 @@ def _image_reader(
         assert dataset.paths is not None
         path = dataset.paths[index]
         try:
-            stored = ready(path) if jpeg[index] and settings.quality is None else None
+            keep = settings.mode == "unchanged" or (jpeg[index] and settings.quality is None)
+            stored = ready(path) if keep else None
             return fit(read_rgb(path)) if stored is None else stored
         except READ_ERRORS as error:
             raise UserError(f"{path} cannot be read: {error}") from None
@@ -234,14 +236,15 @@ class WriteConfig:
     data_dir: str | None = option(None, "folder of the data")
     train_dir: str | None = option(None, "class folders to train on (dataset folder)")
     val_dir: str | None = option(None, "class folders to test on (dataset folder)")
-    val_fraction: float = option(0.0, "share of the training images held out; give what the training will be given")
-    seed: int = option(1, "of what --val-fraction holds out; give what the training will be given")
+    val_fraction: float = option(0.0, "lets one folder serve for training and test; all of its images are written")
     image_size: int | None = option(None, "side of small images in memory; give what the training will be given")
     download: bool = option(False, "let torchvision download what is not there")
     skip_bad_images: bool = option(False, "leave images out that cannot be decoded, and say how many")
-    split: Literal["train", "test", "val"] = option("train", "which part of the data set to write")
+    split: Literal["train", "test"] = option("train", "which part of the data set to write")
     out: str | None = option(None, "the file, X.beton; X.beton.json beside it will say what it holds")
-    mode: Mode = option("raw", "raw bytes (fast, large), jpg, or proportion: by chance one or the other")
+    mode: Mode = option(
+        "raw", "raw bytes (fast, large), jpg, by chance one or the other, or unchanged (see docs/ffcv.md)"
+    )
     max_side: int | None = option(None, "reduce images to this longer side in pixels; default: as they are")
     quality: int | None = option(None, "of JPEGs, 1 to 100; default: JPEG files stay byte for byte, others get 95")
     compress_probability: float = option(0.5, "share of JPEGs in mode proportion")
@@ -253,7 +256,7 @@ def ffcv_write(arguments: Sequence[str]) -> None:
     """``python -m idml ffcv-write --dataset ... --out X.beton``: one split of a data set as a .beton.
 
     Raises:
-        UserError: bad options, bad data, no such split, or no space.
+        UserError: bad options, bad data, or no space.
     """
     from idml.data.datasets import read_splits
 
@@ -275,13 +278,14 @@ def ffcv_write(arguments: Sequence[str]) -> None:
     )
     shared = {field.name for field in dataclasses.fields(WriteConfig)} & {f.name for f in dataclasses.fields(ClsConfig)}
     # A batch of one: how large batches will be is not known here, and must not matter.
-    data = read_splits(build_config(ClsConfig, {name: getattr(config, name) for name in shared} | {"batch_size": 1}))
-    dataset: ImageDataset | None = getattr(data, config.split)
-    if dataset is None:
-        raise UserError("there is no val split: --val-fraction 0.1, say, holds one out of the training images")
+    reading = build_config(ClsConfig, {name: getattr(config, name) for name in shared} | {"batch_size": 1})
+    check_ranges(reading)
+    data = read_splits(reading)
+    dataset: ImageDataset = getattr(data, config.split)
+    whole, _ = dataset.origin or (dataset, None)  # what is held out is read from the same file
     started = time.perf_counter()
     sidecar = write_beton(
-        dataset,
+        whole,
         Path(config.out),
         settings,
         source=config.dataset,

@@ -46,9 +46,8 @@ def build_loader(
     """The loader asked for, and a printed line (by rank 0) that says which it is and why.
 
     ``auto`` takes FFCV where it imports. The .beton is looked for in ``cache_dir``, else beside the folder of the
-    files, else in the user's cache: any one there that was written from this data serves. If none does, it is written:
-    raw for images in memory and for files that are not JPEG, else the JPEG files byte for byte, so that no image
-    changes. Under torchrun rank 0 writes and the others wait until the file is there, however long that takes.
+    files, else in the user's cache: any one there that was written from this data serves. If none does, it is written,
+    such that no image changes (``BetonSettings.mode`` "unchanged"). Under torchrun rank 0 writes and the others wait until the file is there, however long that takes.
 
     Args:
         dataset: what to read.
@@ -93,7 +92,7 @@ def build_loader(
             how = "written now"
             if arguments.get("rank", 0) == 0:
                 say(f"writing {path} ({beton_matches(path, dataset, settings, digest=digest)})")
-                settings = settings or unchanged(dataset)
+                settings = settings or BetonSettings(mode="unchanged")
                 threads = os.cpu_count() or 1
                 write_beton(
                     dataset,
@@ -110,12 +109,6 @@ def build_loader(
     mode = read_sidecar(path).settings.mode
     say(f"FFCV loader ({'it imports' if loader == 'auto' else 'asked for'}), from {path} ({mode}, {how})")
     return ffcv_loader.FfcvLoader(chosen, beton=path, rows=subset, **arguments)
-
-
-def unchanged(dataset: ImageDataset) -> BetonSettings:
-    """The smallest way to store the images that changes none of them."""
-    jpegs = dataset.paths is not None and all(path.suffix.lower() in (".jpg", ".jpeg") for path in dataset.paths)
-    return BetonSettings(mode="jpg" if jpegs else "raw")
 
 
 def default_beton(dataset: ImageDataset, *, source: str, split: str, cache_dir: str | Path | None) -> Path:
