@@ -335,7 +335,7 @@ def test_command_writes_a_split(image_folder: Path, tmp_path: Path, capsys: pyte
     [
         ([], "--out is missing"),
         (["--out", "x.beton", "--split", "val"], "--split: expected one of train, test, got 'val'"),
-        (["--out", "x.beton", "--mode", "png"], "--mode: expected one of raw, jpg, proportion, got 'png'"),
+        (["--out", "x.beton", "--mode", "png"], "--mode: expected one of raw, jpg, proportion, unchanged, got 'png'"),
         (["--out", "x.beton", "--max-sied", "9"], "unknown option --max-sied; did you mean max-side"),
         (["--out", "x.beton", "--dataset", "folder"], "dataset folder needs"),
         (["--out", "x.beton", "--val-fraction", "2"], "--val-fraction: expected a value between 0 and 0.9, got 2"),

@@ -76,7 +76,7 @@ def test_file_is_written_beside_the_data_reused_and_written_again(
     loader = build_loader(folder, loader="auto", **ARGUMENTS)
     assert type(loader).__name__ == "FfcvLoader"
     printed = capsys.readouterr().out
-    assert f"writing {path} (no file {path}" in printed
+    assert f"writing {path} (there is none yet)\n" in printed
     assert f"train images: FFCV loader (it imports), from {path} (unchanged, written now)\n" in printed
     torch_loader = build_loader(folder, loader="torch", verbose=False, **ARGUMENTS)
     for (a, _), (b, _) in zip(loader.epoch(0), torch_loader.epoch(0), strict=True):

@@ -37,8 +37,7 @@ class BetonSettings:
     """How images are stored.
 
     Attributes:
-        mode: raw bytes; JPEG; each image one of the two by chance; or JPEG files byte for byte and all else raw, so that
-            no image changes.
+        mode: raw bytes; JPEG; each image one of the two by chance; "unchanged": JPEG files byte for byte, all else raw.
         max_side: larger images are reduced until their longer side is this, in pixels.
         quality: of JPEGs, 1 to 100. None leaves JPEG files that need no reduction as they are, and encodes the rest at
             ``JPEG_QUALITY``.

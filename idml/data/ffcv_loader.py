@@ -3,9 +3,10 @@
 Of FFCV this takes the file format (`DatasetWriter`, `RGBImageField`, `IntField`, `MemoryAllocator`, `Reader`) and the
 libjpeg-turbo that it is linked with. What it replaces, and why (figures in docs/ffcv.md):
 
-- `ffcv.Loader`: it compiles for seconds per loader, its crops ignore the seed, its iterators leak threads and JPEG
-  decoders with every epoch, an error in them hangs the consumer, and the memory of a batch is used again while the
-  consumer may still hold it. Here a pool of threads, kept for the loader's life, fills a new tensor for each batch.
+- `ffcv.Loader`: it compiles for seconds per loader, its crops ignore the seed, an iterator left early keeps its thread
+  and memory for good, an error in that thread leaves the consumer waiting, and the memory of a batch is used again
+  while the consumer may still hold it. Here a pool of threads, kept for the loader's life, fills a new tensor for each
+  batch.
 - `DatasetWriter.from_indexed_dataset`: it waits for ever when one of its processes fails (a full disk, a bad image).
   Here threads encode, and one thread writes, in order, so that the same images give the same file.
 """

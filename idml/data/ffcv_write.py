@@ -160,7 +160,7 @@ def _remove_left_behind(path: Path) -> None:
 
 
 def _jpeg_share(count: int, settings: BetonSettings) -> np.ndarray:
-    """(N,) bool: which images are encoded as JPEGs; in mode "proportion" by a hash, so that a file can be written again."""
+    """(N,) bool: which images are encoded as JPEGs; in mode "proportion" by a hash, to be the same every time."""
     share = {"jpg": 1.0, "proportion": settings.compress_probability}.get(settings.mode, 0.0)
     return np.array([hash_uniform(0, 0, index, 0) < share for index in range(count)], bool)
 

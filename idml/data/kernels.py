@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding  # type: ignore
+import llvmlite.binding
 import numba
 import numpy as np
 from PIL import Image

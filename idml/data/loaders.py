@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from idml.data.beton import (
+    WRITE,
     BetonSettings,
     beton_matches,
     check_beton,
@@ -47,7 +49,8 @@ def build_loader(
 
     ``auto`` takes FFCV where it imports. The .beton is looked for in ``cache_dir``, else beside the folder of the
     files, else in the user's cache: any one there that was written from this data serves. If none does, it is written,
-    such that no image changes (``BetonSettings.mode`` "unchanged"). Under torchrun rank 0 writes and the others wait until the file is there, however long that takes.
+    such that no image changes (``BetonSettings.mode`` "unchanged"). Under torchrun rank 0 writes and the others wait
+    until the file is there, however long that takes.
 
     Args:
         dataset: what to read.
@@ -57,7 +60,7 @@ def build_loader(
         beton: a file to take in place of all that.
         settings: how images must be stored; by default any way serves.
         subset: (K,) int64: read only these images of ``dataset``, from the .beton of all of them.
-        verbose: print the line, and draw a bar while writing.
+        verbose: print the line.
         arguments: those of ``TorchLoader``: batch_size, image_size, train, seed, workers, rank, world_size, pin_memory.
 
     Raises:
@@ -84,31 +87,41 @@ def build_loader(
         path, how = Path(beton), "asked for"
         check_beton(path, dataset.classes, len(dataset))
     else:
-        digest = fingerprint(dataset)
         default = default_beton(dataset, source=source, split=split, cache_dir=cache_dir)
-        found = find_beton(default, dataset, settings, digest)
-        path, how = found or default, "written earlier from the same images"
-        if found is None:
-            how = "written now"
-            if arguments.get("rank", 0) == 0:
-                say(f"writing {path} ({beton_matches(path, dataset, settings, digest=digest)})")
-                settings = settings or BetonSettings(mode="unchanged")
-                threads = os.cpu_count() or 1
-                write_beton(
-                    dataset,
-                    path,
-                    settings,
-                    source=source,
-                    split=split,
-                    workers=threads,
-                    progress=verbose,
-                    digest=digest,
-                )
-            else:
-                _wait_for(path, dataset, settings, digest)
+        main = arguments.get("rank", 0) == 0
+        path, how = _find_or_write(dataset, default, settings, source=source, split=split, main=main, say=say)
     mode = read_sidecar(path).settings.mode
     say(f"FFCV loader ({'it imports' if loader == 'auto' else 'asked for'}), from {path} ({mode}, {how})")
     return ffcv_loader.FfcvLoader(chosen, beton=path, rows=subset, **arguments)
+
+
+def _find_or_write(
+    dataset: ImageDataset,
+    default: Path,
+    settings: BetonSettings | None,
+    *,
+    source: str,
+    split: str,
+    main: bool,
+    say: Callable[[str], None],
+) -> tuple[Path, str]:
+    """A .beton of the data set, and how it came about; ``main`` marks the process that writes it where there is none.
+
+    The others do not wait at a barrier: that would give up after minutes, where writing a large data set takes hours.
+    If the writing process fails, torchrun ends them.
+    """
+    digest = fingerprint(dataset)
+    found = find_beton(default, dataset, settings, digest)
+    if found is not None:
+        return found, "written earlier from the same images"
+    if main:
+        unfit = beton_matches(default, dataset, settings, digest=digest) or ""
+        say(f"writing {default} ({unfit.removesuffix(f'; {WRITE}') if default.exists() else 'there is none yet'})")
+        chosen, threads = settings or BetonSettings(mode="unchanged"), os.cpu_count() or 1
+        write_beton(dataset, default, chosen, source=source, split=split, workers=threads, digest=digest)
+    while not main and beton_matches(default, dataset, settings, digest=digest) is not None:
+        time.sleep(POLL_SECONDS)
+    return default, "written now"
 
 
 def default_beton(dataset: ImageDataset, *, source: str, split: str, cache_dir: str | Path | None) -> Path:
@@ -136,13 +149,3 @@ def find_beton(default: Path, dataset: ImageDataset, settings: BetonSettings | N
             if dataset.images is None or not reduced:  # images in memory are not resized while they are read
                 return path
     return None
-
-
-def _wait_for(path: Path, dataset: ImageDataset, settings: BetonSettings | None, digest: str) -> None:
-    """Return when rank 0 has written the file.
-
-    Not with a barrier: it would give up after minutes, where writing a large data set takes hours. If rank 0 fails,
-    torchrun ends this process.
-    """
-    while beton_matches(path, dataset, settings, digest=digest) is not None:
-        time.sleep(POLL_SECONDS)
