@@ -32,8 +32,7 @@ from torch import Tensor
 from idml.data import crops, kernels
 from idml.data.beton import check_beton
 from idml.data.image_dataset import ImageDataset
-from idml.data.sampling import eval_batches, num_train_batches, train_batches
-from idml.data.torch_loader import CROP_SCALE, EVAL_RESIZE
+from idml.data.torch_loader import CROP_SCALE, EVAL_RESIZE, DealtBatches
 from idml.errors import TrainingError, UserError
 
 # FFCV sets torch to one thread when it is imported, and spends seconds compiling a typed dictionary of two entries that
@@ -210,7 +209,7 @@ def open_beton(path: Path) -> Beton:
     return Beton(data, modes, heights, widths, pointers, sizes, label.astype(np.int64))
 
 
-class FfcvLoader:
+class FfcvLoader(DealtBatches):
     """Batches of an ``ImageDataset`` out of a .beton; the contract of `idml.data.torch_loader`, and the same images.
 
     From a .beton of raw bytes, or of JPEG files stored as they are, every image is that of ``TorchLoader`` bit for bit,
@@ -267,18 +266,6 @@ class FfcvLoader:
                 f"{self.path} holds images of {sides.min()} to {sides.max()} pixels, expected {self.image_size}: write "
                 f"it again with --image-size {self.image_size} and without --max-side"
             )
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """The indices of each batch of ``epoch`` on this rank."""
-        ranks = {"rank": self.rank, "world_size": self.world_size}
-        if self.train:
-            return train_batches(len(self.dataset), self.batch_size, seed=self.seed, epoch=epoch, **ranks)
-        return eval_batches(len(self.dataset), self.batch_size, **ranks)
-
-    def __len__(self) -> int:
-        if self.train:
-            return num_train_batches(len(self.dataset), self.batch_size, self.world_size)
-        return len(self.batches(0))
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch; give a new number for each pass in training."""

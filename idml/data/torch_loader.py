@@ -45,6 +45,29 @@ class Loader(Protocol):
         """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
 
 
+class DealtBatches:
+    """What every loader has in common: which images are in which batch on this rank."""
+
+    dataset: ImageDataset
+    batch_size: int
+    train: bool
+    seed: int
+    rank: int
+    world_size: int
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The indices of each batch of ``epoch`` on this rank."""
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        if self.train:
+            return train_batches(len(self.dataset), self.batch_size, seed=self.seed, epoch=epoch, **ranks)
+        return eval_batches(len(self.dataset), self.batch_size, **ranks)
+
+    def __len__(self) -> int:
+        if self.train:
+            return num_train_batches(len(self.dataset), self.batch_size, self.world_size)
+        return len(self.batches(0))
+
+
 class _Batches(Dataset):
     """Fetches whole batches: one array lookup for images in memory, else one decoded file after the other."""
 
@@ -95,7 +118,7 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-class TorchLoader:
+class TorchLoader(DealtBatches):
     """Batches of an ``ImageDataset``; see the module's contract.
 
     Args:
@@ -135,18 +158,6 @@ class TorchLoader:
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
         )
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """The indices of each batch of ``epoch`` on this rank."""
-        ranks = {"rank": self.rank, "world_size": self.world_size}
-        if self.train:
-            return train_batches(len(self.dataset), self.batch_size, seed=self.seed, epoch=epoch, **ranks)
-        return eval_batches(len(self.dataset), self.batch_size, **ranks)
-
-    def __len__(self) -> int:
-        if self.train:
-            return num_train_batches(len(self.dataset), self.batch_size, self.world_size)
-        return len(self.batches(0))
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch; give a new number for each pass in training."""
