@@ -50,7 +50,7 @@ def build_parser(config_class: type, *, prog: str, description: str) -> jsonargp
         annotation = hints[field.name]
         default = field.default
         help_text = field.metadata["help"].replace("%", "%%")
-        if annotation is bool:
+        if annotation is bool or annotation == (bool | None):
             yes_no = jsonargparse.ActionYesNo(no_prefix="no-")
             parser.add_argument(*flags, action=yes_no, nargs="?", default=default, help=help_text)
         elif (element := _element_type(annotation)) is not None:
@@ -136,7 +136,7 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
                 raise UserError(f"{path}: {key}: expected {_type_name(hints[name])}, got null")
         elif _element_type(hints[name]) is not None and not isinstance(value, list):
             raise UserError(f"{path}: {key}: expected a list, got {value!r}")
-        elif hints[name] is bool and not isinstance(value, bool):
+        elif hints[name] in (bool, bool | None) and not isinstance(value, bool):
             raise UserError(f"{path}: {key}: expected true or false, got {value!r}")
         normalised[name] = value
     parser = build_parser(config_class, prog="", description="")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from idml.config_cls import ClsConfig
+from idml.data import datasets
 from idml.data.crops import random_resized_crop
 from idml.data.datasets import DEBIAN_FASHION_MNIST, read_idx, read_splits
 from idml.data.embedded.fashion_mnist_mini import first_of_each_class
@@ -268,3 +269,14 @@ def test_random_resized_crops_lie_inside_and_have_torchvisions_distribution() ->
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3, column
     assert ks_2samp(h * w, theirs[:, 2] * theirs[:, 3]).pvalue > 1e-3
     assert len({tuple(crop) for crop in ours}) > count * 0.9
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_outside_the_classes_are_told(
+    monkeypatch: pytest.MonkeyPatch, fashion: dict[str, np.ndarray], label: int
+) -> None:
+    source = datasets.read_fashion_mnist_mini(ClsConfig())
+    source.train.labels[17] = label
+    monkeypatch.setitem(datasets.READERS, "digits", lambda config: source)
+    with pytest.raises(UserError, match=rf"labels of the training images must be 0 to 9, got {label}"):
+        read_splits(ClsConfig(dataset="digits"))
