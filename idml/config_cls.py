@@ -45,7 +45,7 @@ class ClsConfig:
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     uncertainty_dim: int = option(128, "length of the uncertainty embedding; released: 128 for CIFAR, 512 for ImageNet")
 
-    model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,32,44,56,110}_cifar")
+    model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,...}_cifar, pyramidnet..._cifar")
     model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
     pretrained: str | None = option(None, "weights: a file (.pth, .safetensors), or alone for timm's own", const="timm")
     pretrained_allow_missing: list[str] | None = option(None, "prefixes of names the weights may lack or differ in")
@@ -95,9 +95,7 @@ class ClsConfig:
     seed: int = option(1, "of weights, order, augmentation and mixing")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the backbone; the ISM always computes in float32")
-    channels_last: bool = option(
-        True, "memory layout; 1.1 to 1.4 times faster for ResNets on the CPU, too, in our runs"
-    )
+    channels_last: bool = option(True, "memory layout that convolutions are usually fastest in")
     compile: bool = option(False, "torch.compile the model")
     tf32: bool = option(True, "let NVIDIA GPUs multiply float32 matrices at reduced precision")
     deterministic: bool = option(False, "forbid algorithms whose results vary from run to run")

@@ -280,3 +280,9 @@ def test_labels_outside_the_classes_are_told(
     monkeypatch.setitem(datasets.READERS, "digits", lambda config: source)
     with pytest.raises(UserError, match=rf"labels of the training images must be 0 to 9, got {label}"):
         read_splits(ClsConfig(dataset="digits"))
+
+
+def test_fewer_images_than_processes_is_an_error(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "13")
+    with pytest.raises(UserError, match="12 test images are too few for 13 processes"):
+        read_splits(folder_config(image_folder))

@@ -21,6 +21,7 @@ from idml.data.image_dataset import (
 from idml.data.image_files import list_class_folders, without_unreadable
 from idml.data.imagenet import LAYOUT as IMAGENET_LAYOUT
 from idml.data.imagenet import read_imagenet
+from idml.distributed import world_size
 from idml.errors import UserError
 
 FASHION_CLASSES = (
@@ -244,6 +245,9 @@ def read_splits(config: ClsConfig) -> DataSplits:
     _check_labels(test, "test")
     if config.batch_size > len(train):
         raise UserError(f"--batch-size {config.batch_size} is larger than the {len(train)} training images")
+    for name, split in (("test", test), ("validation", val)):
+        if split is not None and len(split) < world_size():
+            raise UserError(f"{len(split)} {name} images are too few for {world_size()} processes: each needs one")
     config.image_size = source.preprocessing.image_size
     config.flip = source.flip if config.flip is None else config.flip
     config.crop_padding = source.crop_padding if config.crop_padding is None else config.crop_padding
