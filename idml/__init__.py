@@ -2,12 +2,20 @@
 
 from idml._version import __version__
 from idml.errors import TrainingError, UserError
-from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
+from idml.models import (
+    ClassifierOutput,
+    EmbedderOutput,
+    IntrospectiveClassifier,
+    IntrospectiveEmbedder,
+    uncertainty_score,
+)
 from idml.similarity import introspective_distance, introspective_similarity, introspective_weight
 
 __all__ = [
     "ClassifierOutput",
+    "EmbedderOutput",
     "IntrospectiveClassifier",
+    "IntrospectiveEmbedder",
     "TrainingError",
     "UserError",
     "__version__",

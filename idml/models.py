@@ -1,21 +1,19 @@
-"""A backbone with two heads: semantic classification and uncertainty, joined by the ISM.
+"""A backbone with two heads: semantic (classification or embedding) and uncertainty, joined by the ISM.
 
-Letters in shapes: B images, C classes, D backbone features, E uncertainty dimensions (see ``idml.similarity``).
+Letters in shapes: B images, C classes, D backbone features (of the semantic embedding in retrieval), E uncertainty
+dimensions (see ``idml.similarity``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from idml import cifar_resnet, pyramidnet  # noqa: F401  (they register their models with timm)
-from idml.errors import UserError, nearest
+from idml.backbones import create_backbone, infer_feature_dim, infer_map_dim
 from idml.similarity import TEMPERATURE, class_sq_distances, introspective_similarity
 
 IsmVariant = Literal["live", "released", "off"]
@@ -52,71 +50,6 @@ def uncertainty_score(output: ClassifierOutput) -> Tensor:
         (B,) float32, >= 0; all zero when ISM is off.
     """
     return output.uncertainty.float().norm(dim=1)
-
-
-def create_backbone(
-    name: str, *, image_size: int | None = None, pretrained: bool = False, arguments: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """A timm model without its classifier.
-
-    Args:
-        name: of a timm model, or of one of ``idml.cifar_resnet`` and ``idml.pyramidnet``.
-        image_size: pixels; passed on to models that are built for one input size (vision transformers).
-        pretrained: take timm's weights, which it downloads when they are not in its cache; random otherwise.
-        arguments: further ones for the model's constructor.
-
-    Raises:
-        UserError: timm has no such model (the nearest names are told), no weights for it or no way to get them, or the
-            model does not take the arguments.
-    """
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        raise UserError(
-            f"unknown model {name!r}{nearest(architecture, timm.list_models())} timm.list_models() lists all"
-        )
-    default_cfg = timm.get_pretrained_cfg(architecture)
-    fixed = image_size is not None and default_cfg is not None and default_cfg.fixed_input_size
-    sizes: dict[str, Any] = {"img_size": image_size} if fixed else {}
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **(sizes | dict(arguments or {})))
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        # timm tells a wrong argument by a TypeError, weights it cannot have by one of the others.
-        source = f" with arguments {dict(arguments)}" if arguments else " with timm's weights" if pretrained else ""
-        raise UserError(f"model {name}{source} cannot be made: {error}") from None
-
-
-def infer_feature_dim(backbone: nn.Module) -> int:
-    """D, the length of the features that ``backbone(images)`` gives.
-
-    Read from the attributes that timm's models carry; any other module is tried on a black image of a few usual sizes.
-
-    Raises:
-        ValueError: it cannot be found out; pass ``feature_dim`` to the model.
-    """
-    for attribute in ("head_hidden_size", "num_features"):
-        value = getattr(backbone, attribute, None)
-        if isinstance(value, int):
-            return value
-    parameter = next(backbone.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        for size in (224, 32, 28, 64):
-            for channels in (3, 1):
-                try:
-                    with torch.no_grad():
-                        features = backbone(torch.zeros(1, channels, size, size, device=device))
-                except (RuntimeError, ValueError):
-                    continue  # this input size is not the module's; the next one may be
-                if isinstance(features, Tensor) and features.ndim == 2:
-                    return features.shape[1]
-    finally:
-        backbone.train(was_training)
-    raise ValueError(
-        f"expected a backbone that gives (B, D) features, and found no D for {type(backbone).__name__}: "
-        "pass feature_dim=D, or set backbone.num_features"
-    )
 
 
 class IntrospectiveClassifier(nn.Module):
@@ -213,3 +146,156 @@ class IntrospectiveClassifier(nn.Module):
                 logits, sq_distances, uncertainty.square().sum(1, keepdim=True), temperature=self.temperature
             )
         return ClassifierOutput(logits, introspective_logits, features, uncertainty)
+
+
+class EmbedderOutput(NamedTuple):
+    """What ``IntrospectiveEmbedder`` returns, in training and in evaluation alike; all float32.
+
+    Attributes:
+        semantic: (B, D) of unit length (unless ``l2_norm`` is off): what is compared at test time.
+        uncertainty: (B, E); all zero when ISM is off.
+        norm: (B,) length of the semantic embedding before it was normalised.
+    """
+
+    semantic: Tensor
+    uncertainty: Tensor
+    norm: Tensor
+
+    def joint(self) -> Tensor:
+        """(B, D + E): [semantic | uncertainty], as ``IntrospectiveDistance`` takes them."""
+        return torch.cat([self.semantic, self.uncertainty], dim=1)
+
+
+Pool = Literal["avg+max", "avg", "max"]
+
+
+class IntrospectiveEmbedder(nn.Module):
+    """An embedding for retrieval that also says how ambiguous an image is.
+
+    Args:
+        backbone: a timm model name; or a timm model, whose feature map is pooled; or any module that maps images to a
+            (B, H, h, w) map or to (B, H) features.
+        embedding_dim: D, length of the semantic embedding.
+        uncertainty_dim: E, length of the uncertainty embedding; by default D, as released.
+        pool: how a feature map (or the patch tokens of a transformer) becomes one feature; ``"avg+max"`` is the sum of
+            both, as released.
+        ism: ``"live"``: u is a linear map of the feature; ``"released"``: u is made unit length too, which in the
+            authors' code leaves its head without any gradient from proxies; ``"off"``: no uncertainty head.
+        l2_norm: semantic embeddings of unit length.
+        feature_dim: H, needed only for a module from which it cannot be found out.
+
+    Raises:
+        ValueError: an argument is out of range, or H cannot be found out.
+        UserError: ``backbone`` is a name that timm does not know.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        embedding_dim: int = 512,
+        uncertainty_dim: int | None = None,
+        pool: Pool = "avg+max",
+        ism: IsmVariant = "live",
+        *,
+        l2_norm: bool = True,
+        feature_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (("ism", ism, IsmVariant), ("pool", pool, Pool)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
+        uncertainty_dim = embedding_dim if uncertainty_dim is None else uncertainty_dim
+        if embedding_dim < 1 or uncertainty_dim < 1:
+            raise ValueError(
+                f"embedding_dim and uncertainty_dim must be at least 1, got {embedding_dim} and {uncertainty_dim}"
+            )
+        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        self.feature_dim = feature_dim or infer_map_dim(self.backbone)
+        self.embedding_dim, self.uncertainty_dim = embedding_dim, uncertainty_dim
+        self.pool, self.ism, self.l2_norm = pool, ism, l2_norm
+        self.semantic_head = nn.Linear(self.feature_dim, embedding_dim)
+        self.uncertainty_head = None if ism == "off" else nn.Linear(self.feature_dim, uncertainty_dim)
+        # The released code starts this head so, and leaves the other one to torch's default.
+        nn.init.kaiming_normal_(self.semantic_head.weight, mode="fan_out")
+        nn.init.zeros_(self.semantic_head.bias)
+        if ism == "live":
+            assert self.uncertainty_head is not None
+            nn.init.zeros_(self.uncertainty_head.bias)
+            nn.init.normal_(
+                self.uncertainty_head.weight, std=initial_uncertainty_std(self.feature_dim, uncertainty_dim)
+            )
+
+    @property
+    def heads(self) -> list[nn.Linear]:
+        """The linear maps on top of the backbone: semantic, and uncertainty where there is one."""
+        return [self.semantic_head] if self.uncertainty_head is None else [self.semantic_head, self.uncertainty_head]
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.
+
+        Raises:
+            ValueError: the backbone gives something of another shape.
+        """
+        forward = getattr(self.backbone, "forward_features", self.backbone)
+        features = pool_features(forward(images), self.pool, self.feature_dim, skip=_prefix_tokens(self.backbone))
+        if features.ndim != 2 or features.shape[1] != self.feature_dim:
+            raise ValueError(f"expected backbone features of {self.feature_dim} channels, got {tuple(features.shape)}")
+        return features.float()
+
+    def forward(self, images: Tensor) -> EmbedderOutput:
+        """Semantic and uncertainty embedding of a batch.
+
+        Args:
+            images: (B, 3, S, S), in the floating dtype and range that the backbone expects.
+        """
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            semantic = self.semantic_head(features)
+            norm = semantic.norm(dim=1)
+            semantic = functional.normalize(semantic, dim=1) if self.l2_norm else semantic
+            if self.uncertainty_head is None:
+                return EmbedderOutput(semantic, features.new_zeros(len(features), self.uncertainty_dim), norm)
+            uncertainty = self.uncertainty_head(features)
+            if self.ism == "released" and self.l2_norm:
+                uncertainty = functional.normalize(uncertainty, dim=1)
+        return EmbedderOutput(semantic, uncertainty, norm)
+
+
+def initial_uncertainty_std(feature_dim: int, uncertainty_dim: int) -> float:
+    """Standard deviation of the weights of a live retrieval model's uncertainty head.
+
+    With weights of variance v and features of mean square 1, beta = |u|^2 = E H v against a proxy. The pairs that an
+    untrained network compares are close (alpha well under 1), so alpha is taken as 1/4, and v such that the exponent
+    beta / (tau alpha) is ``INITIAL_EXPONENT``. Small, not zero: beta is quadratic in u, so at zero its gradient is
+    zero too. Features of another scale, or other distances, call for ``scale_uncertainty_head``, which measures them.
+    """
+    return math.sqrt(INITIAL_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
+
+
+def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0) -> Tensor:
+    """One feature of (B, H) from a map (B, H, h, w) or (B, h, w, H), from tokens (B, T, H), or from itself.
+
+    Args:
+        features: what a backbone gives.
+        pool: mean, maximum, or the sum of both.
+        channels: H, which tells the two orders of a map apart.
+        skip: tokens in front that stand for no patch.
+    """
+    if features.ndim == 2:
+        return features
+    if features.ndim == 4:
+        last = features.shape[1] != channels and features.shape[3] == channels
+        features = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+        skip = 0
+    if features.ndim != 3:
+        raise ValueError(f"expected a feature map, tokens or features, got shape {tuple(features.shape)}")
+    places = features[:, skip:]  # (B, places, H)
+    if pool == "avg":
+        return places.mean(1)
+    # max(dim) gives the gradient to one of equal places, as max pooling does; amax would share it out.
+    highest = places.max(1).values
+    return highest if pool == "max" else places.mean(1) + highest
+
+
+def _prefix_tokens(backbone: nn.Module) -> int:
+    return int(getattr(backbone, "num_prefix_tokens", 0))

@@ -1,0 +1,241 @@
+"""The eight retrieval losses: pytorch-metric-learning's, with the published settings, plain or introspective.
+
+``LOSSES`` is the table; ``MetricLoss`` joins a loss with its miner and with the distance that makes it introspective.
+Letters in shapes: B images, C training classes, D semantic and E uncertainty dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pytorch_metric_learning import distances, losses, miners
+from torch import Tensor, nn
+
+from idml.distance import DistanceForm, IntrospectiveDistance
+from idml.models import INITIAL_EXPONENT, IntrospectiveEmbedder, IsmVariant
+from idml.similarity import TEMPERATURE
+
+LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
+
+PROXY_NORM = 3.2
+"""Norm that proxies of a live loss start from: sqrt(2 D / C) for D = 512 and C = 100, which is what the released
+initialisation gives on CUB-200-2011 (C = 100). It falls with the number of classes, to 0.3 for the 11,318 of Stanford
+Online Products, and with it alpha and every ISM weight; a live loss starts from the same norm for any C."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """One row of the table.
+
+    Attributes:
+        build: makes the loss from its distance, the number of classes C, D, the margin and the scale.
+        plain: makes the distance of the plain loss.
+        form: of the ISM that takes its place.
+        power: of that distance.
+        miner: makes the miner from a distance and the margin, or None.
+        mines_semantic: the miner looks at the semantic embeddings alone.
+        margin, scale: published; None where the loss has none.
+        lr_factor: learning rate of the loss's own parameters in units of that of the network.
+        needs_pairs: without two images of a class in a batch there is nothing to learn from it.
+    """
+
+    build: Callable[..., losses.BaseMetricLossFunction]
+    plain: Callable[[], distances.BaseDistance]
+    form: DistanceForm
+    power: float = 1
+    miner: Callable[..., miners.BaseMiner] | None = None
+    mines_semantic: bool = False
+    margin: float | None = None
+    scale: float | None = None
+    lr_factor: float = 1.0
+    needs_pairs: bool = True
+
+
+def _proxy_anchor(distance: Any, num_classes: int, dim: int, margin: float, scale: float) -> Any:
+    return losses.ProxyAnchorLoss(num_classes, dim, margin=margin, alpha=scale, distance=distance)
+
+
+def _proxy_nca(distance: Any, num_classes: int, dim: int, margin: None, scale: float) -> Any:
+    return losses.ProxyNCALoss(num_classes, dim, softmax_scale=scale, distance=distance)
+
+
+def _multi_similarity(distance: Any, num_classes: int, dim: int, margin: None, scale: None) -> Any:
+    return losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, distance=distance)
+
+
+def _contrastive(distance: Any, num_classes: int, dim: int, margin: float, scale: None) -> Any:
+    return losses.ContrastiveLoss(pos_margin=0, neg_margin=margin, distance=distance)
+
+
+def _triplet(distance: Any, num_classes: int, dim: int, margin: float, scale: None) -> Any:
+    return losses.TripletMarginLoss(margin=margin, distance=distance)
+
+
+def _margin(distance: Any, num_classes: int, dim: int, margin: float, scale: None) -> Any:
+    return losses.MarginLoss(margin=margin, nu=0, beta=1.2, learn_beta=True, num_classes=num_classes, distance=distance)
+
+
+def _fast_ap(distance: Any, num_classes: int, dim: int, margin: None, scale: None) -> Any:
+    return losses.FastAPLoss(num_bins=10, distance=distance)
+
+
+def _n_pair(distance: Any, num_classes: int, dim: int, margin: None, scale: None) -> Any:
+    return losses.NPairsLoss(distance=distance)
+
+
+LOSSES: Mapping[LossName, LossSettings] = {
+    # Kim et al. 2020: alpha 32, delta 0.1, proxies at 100 times the learning rate.
+    "Proxy_Anchor": LossSettings(
+        build=_proxy_anchor, plain=distances.CosineSimilarity, form="similarity",
+        margin=0.1, scale=32.0, lr_factor=100.0, needs_pairs=False,
+    ),
+    # Movshovitz-Attias et al. 2017; scale 32 in the released trainer.
+    "Proxy_NCA": LossSettings(
+        build=_proxy_nca, plain=lambda: distances.LpDistance(power=2), form="distance", power=2,
+        scale=32.0, lr_factor=100.0, needs_pairs=False,
+    ),
+    # Wang et al. 2019: alpha 2, beta 50, lambda 0.5, pairs mined at epsilon 0.1.
+    "MS": LossSettings(
+        build=_multi_similarity, plain=distances.CosineSimilarity, form="similarity",
+        miner=lambda distance, margin: miners.MultiSimilarityMiner(epsilon=0.1, distance=distance),
+    ),
+    # Hadsell et al. 2006; margin 0.5 in the released trainer.
+    "Contrastive": LossSettings(build=_contrastive, plain=distances.LpDistance, form="distance", margin=0.5),
+    # Schroff et al. 2015, semi-hard; margin 0.1 in the released trainer.
+    "Triplet": LossSettings(
+        build=_triplet, plain=distances.LpDistance, form="distance", margin=0.1,
+        miner=lambda distance, margin: miners.TripletMarginMiner(
+            margin=margin, type_of_triplets="semihard", distance=distance
+        ),
+    ),
+    # Wu et al. 2017: alpha 0.2, beta 1.2 (learned, one a class), negatives drawn by distance with cut-offs 0.5 and 1.4.
+    # Their beta learns at a rate of its own, which Roth et al. 2020 set to 5e-4 for a network at 1e-5: 50 times.
+    "Margin": LossSettings(
+        build=_margin, plain=distances.LpDistance, form="distance", margin=0.2, lr_factor=50.0,
+        # The density of distances that it divides by is that of unit vectors in D dimensions.
+        miner=lambda distance, margin: miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4),
+        mines_semantic=True,
+    ),
+    # Cakir et al. 2019: 10 bins of squared distance.
+    "FastAP": LossSettings(
+        build=_fast_ap, plain=lambda: distances.LpDistance(power=2), form="distance", power=2
+    ),
+    # Sohn 2016; the released trainer compares by the inner product and leaves out the penalty on norms.
+    "NPair": LossSettings(
+        build=_n_pair, plain=lambda: distances.DotProductSimilarity(normalize_embeddings=False), form="similarity"
+    ),
+}  # fmt: skip
+"""Every loss by the name that the released trainer gives it (Margin and FastAP: that of the paper's table)."""
+
+
+class MetricLoss(nn.Module):
+    """A loss of the table with its miner; plain or introspective.
+
+    Args:
+        name: key of ``LOSSES``.
+        num_classes: C, of the training images.
+        embedding_dim: D.
+        ism: ``"off"`` is the plain loss; else the variant of the ``IntrospectiveDistance``.
+        temperature: tau.
+        margin, scale: in place of the published ones.
+        proxy_norm: norm that each proxy starts from. By default ``PROXY_NORM`` for ``"live"``; otherwise proxies keep
+            the released initialisation (normal, variance 2 / C for Proxy_Anchor).
+    """
+
+    def __init__(
+        self,
+        name: LossName,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        ism: IsmVariant = "live",
+        temperature: float = TEMPERATURE,
+        margin: float | None = None,
+        scale: float | None = None,
+        proxy_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        settings = LOSSES[name]
+        margin = settings.margin if margin is None else margin
+        scale = settings.scale if scale is None else scale
+        self.embedding_dim, self.ism, self.mines_semantic = embedding_dim, ism, settings.mines_semantic
+        self.distance = settings.plain()
+        if ism != "off":
+            self.distance = IntrospectiveDistance(
+                embedding_dim, variant=ism, form=settings.form, temperature=temperature, power=settings.power
+            )
+        self.loss = settings.build(self.distance, num_classes, embedding_dim, margin, scale)
+        self.miner = None if settings.miner is None else settings.miner(self.distance, margin)
+        norm = PROXY_NORM if proxy_norm is None and ism == "live" else proxy_norm
+        if self.proxies is not None and norm is not None:
+            with torch.no_grad():
+                nn.init.normal_(self.proxies).mul_(norm / self.proxies.norm(dim=1, keepdim=True))
+
+    @property
+    def proxies(self) -> nn.Parameter | None:
+        """(C, D) of a loss that has proxies, else None."""
+        return getattr(self.loss, "proxies", None)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (B, D + E), [semantic | uncertainty]; the plain loss looks at the first D numbers only.
+            labels: (B,) int64 in [0, C).
+
+        Returns:
+            0-d, float32; zero, with a gradient of zero, where the batch has nothing to compare.
+        """
+        semantic = embeddings[:, : self.embedding_dim]
+        embeddings = semantic if self.ism == "off" else embeddings
+        if self.miner is None:
+            return self.loss(embeddings, labels)
+        mined = self.miner((semantic if self.mines_semantic else embeddings).detach(), labels)
+        return self.loss(embeddings, labels, mined)
+
+    @torch.no_grad()
+    def ism_weight(self, embeddings: Tensor) -> float:
+        """Mean ISM weight of the comparisons that the loss would make: images with proxies, or with one another."""
+        return 1.0 if self.ism == "off" else self._weights(embeddings).mean().item()
+
+    def _weights(self, embeddings: Tensor) -> Tensor:
+        assert isinstance(self.distance, IntrospectiveDistance)
+        if self.proxies is not None:
+            return self.distance.weights(embeddings, self.proxies)
+        weights = self.distance.weights(embeddings, embeddings)
+        return weights[~torch.eye(len(weights), dtype=torch.bool, device=weights.device)]
+
+
+@torch.no_grad()
+def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, images: Tensor) -> float:
+    """Scale a live model's uncertainty head so that training starts close to the plain metric, but not at it.
+
+    The exponent beta / (tau alpha) of every comparison is quadratic in the head's weights (its bias starts at zero). It
+    is measured over the comparisons that the loss makes among these images, and its mean brought to
+    ``INITIAL_EXPONENT``. The mean weight is then at least exp(-INITIAL_EXPONENT) = 0.95, the exponential being convex,
+    for any backbone, scale of features, number of classes and loss. Other variants are left as they are.
+
+    Args:
+        model: changed in place.
+        loss: the loss that it will be trained with.
+        images: (B, 3, S, S), B >= 2, normalised; of the training classes.
+
+    Returns:
+        The mean ISM weight afterwards, in (0, 1].
+    """
+    was_training = model.training
+    model.eval()
+    if model.ism == "live":
+        assert model.uncertainty_head is not None
+        exponent = math.inf
+        while math.isinf(exponent):  # where a weight is too small for a float, a smaller head is looked at first
+            exponent = -loss._weights(model(images).joint()).double().log().mean().item()
+            factor = 0.1 if math.isinf(exponent) else math.sqrt(INITIAL_EXPONENT / max(exponent, 1e-12))
+            model.uncertainty_head.weight.mul_(factor)
+    weight = loss.ism_weight(model(images).joint())
+    model.train(was_training)
+    return weight
