@@ -45,13 +45,14 @@ def sample_crop(batch_size: int, *, padding: int, generator: torch.Generator) ->
     return torch.randint(2 * padding + 1, (batch_size, 2), generator=generator)
 
 
-def apply_crop(images: Tensor, offsets: Tensor, *, padding: int) -> Tensor:
-    """Pad every side with zeros and cut a window of the original size out of each image.
+def apply_crop(images: Tensor, offsets: Tensor, *, padding: int, fill: float = 0) -> Tensor:
+    """Pad every side and cut a window of the original size out of each image.
 
     Args:
-        images: (B, C, H, W), any dtype; zeros are what is padded, so apply it before normalisation for black borders.
+        images: (B, C, H, W), any dtype; before normalisation, for black borders.
         offsets: (B, 2) int64 from ``sample_crop``.
         padding: pixels added on each side.
+        fill: their value; 255 for drawings on white.
 
     Returns:
         (B, C, H, W), same dtype. A backward pass through it takes (2 * padding + 1)^2 times the memory of the images.
@@ -65,7 +66,7 @@ def apply_crop(images: Tensor, offsets: Tensor, *, padding: int) -> Tensor:
     if len(offsets) and not 0 <= int(offsets.min()) <= int(offsets.max()) <= 2 * padding:
         raise ValueError(f"expected offsets in [0, {2 * padding}], got {int(offsets.min())} to {int(offsets.max())}")
     height, width = images.shape[2:]
-    padded = functional.pad(images, (padding, padding, padding, padding))
+    padded = functional.pad(images, (padding, padding, padding, padding), value=fill)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2 padding + 1, 2 padding + 1, H, W)
     top, left = offsets.to(images.device, non_blocking=True).unbind(1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]

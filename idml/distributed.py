@@ -66,6 +66,51 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def share_of(count: int, number: int) -> int:
+    """How many of ``count`` rows, dealt out to the ranks in turn, fall to rank ``number``."""
+    return len(range(number, count, world_size()))
+
+
+def gather_batch(rows: Tensor, count: int) -> Tensor:
+    """The global batch whose rows were dealt out to the ranks in turn, in its order, on every rank and its device.
+
+    Args:
+        rows: (b, ...) this rank's share; row i is row ``i * world_size + rank`` of the whole.
+        count: rows of the global batch; every rank has at least one.
+
+    Returns:
+        (count, ...). A loss of the whole, computed on every rank alike, gives this rank's rows their gradient times
+        the number of ranks: DDP divides by that, so the network's gradient is that of one process with the whole batch.
+    """
+    return rows if not dist.is_initialized() else _GatherBatch.apply(rows, count)
+
+
+class _GatherBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor, count: int) -> Tensor:
+        most = share_of(count, 0)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(world_size())]
+        dist.all_gather(parts, padded)
+        # Row i of every part, then row i + 1: the ranks that lack a last row come last.
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][rank() :: world_size()] * world_size(), None
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """The mean over all ranks of the gradients that there are, for parameters outside DDP."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size()
+
+
 def gather_interleaved(columns: Sequence[Tensor]) -> list[Tensor]:
     """Rows that were dealt out to the ranks in turn, back in their order, on every rank.
 

@@ -241,9 +241,10 @@ class FfcvLoader(DealtBatches):
         world_size: int = 1,
         pin_memory: bool = False,
         rows: np.ndarray | None = None,
+        per_class: int | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.per_class = rank, world_size, per_class
         self.path, self.image_size = beton, image_size
         self.sidecar = check_beton(beton, dataset.classes, len(dataset) if rows is None else None)
         self._beton = open_beton(beton)

@@ -37,6 +37,69 @@ def train_batches(
     return [order[start:end][rank::world_size] for start, end in zip(starts, ends, strict=True)]
 
 
+def balanced_batches(
+    labels: np.ndarray,
+    batch_size: int,
+    per_class: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[np.ndarray]:
+    """Class-balanced batches of one epoch for one rank: ``per_class`` images of each of several classes.
+
+    An epoch has ``num_balanced_batches`` steps. Classes come in turn, in a random order that is drawn anew when all
+    have come; so do the images of a class. No image comes twice in a batch unless its class has fewer than ``per_class``.
+
+    Args:
+        labels: (N,) int64.
+        batch_size: images of a step over all ranks, a multiple of ``per_class`` and of ``world_size``, of at most as
+            many classes as there are.
+        per_class: M >= 1.
+        seed, epoch: decide everything.
+        rank, world_size: each global batch is dealt out to the ranks in turn, as in ``train_batches``.
+
+    Returns:
+        A list of (batch_size / world_size,) int64 index arrays.
+
+    Raises:
+        ValueError: the batch does not divide into classes, or there are too few classes.
+    """
+    order = np.argsort(labels, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    classes = batch_size // per_class
+    if batch_size % per_class or not 1 <= classes <= len(members):
+        raise ValueError(
+            f"batches of {batch_size} images, {per_class} a class, need a multiple of {per_class} and no more than "
+            f"{len(members)} classes"
+        )
+    generator = np.random.default_rng((seed, epoch))
+    class_queue = np.zeros(0, np.int64)
+    image_queues: list[np.ndarray] = [np.zeros(0, np.int64)] * len(members)
+    batches = []
+    for _ in range(num_balanced_batches(len(labels), batch_size)):
+        if len(class_queue) < classes:
+            fresh = generator.permutation(len(members))
+            class_queue = np.concatenate([class_queue, fresh[~np.isin(fresh, class_queue)]])
+        chosen, class_queue = class_queue[:classes], class_queue[classes:]
+        batch = []
+        for label in chosen:
+            own, queue = members[label], image_queues[label]
+            while len(queue) < per_class:
+                fresh = generator.permutation(own)
+                queue = np.concatenate([queue, fresh[~np.isin(fresh, queue)] if len(queue) < len(own) else fresh])
+            batch.append(queue[:per_class])
+            image_queues[label] = queue[per_class:]
+        batches.append(np.concatenate(batch)[rank::world_size])
+    return batches
+
+
+def num_balanced_batches(num_samples: int, batch_size: int) -> int:
+    """Length of ``balanced_batches``: as many whole batches as there are images for, at least one."""
+    return max(num_samples // batch_size, 1)
+
+
 def global_batch_sizes(num_samples: int, batch_size: int, world_size: int = 1) -> list[int]:
     """Images of each step of an epoch over all ranks; their sum is ``num_samples``."""
     steps = num_train_batches(num_samples, batch_size, world_size)

@@ -18,7 +18,14 @@ from torchvision.transforms.v2 import functional as transforms
 
 from idml.data.crops import random_resized_crop
 from idml.data.image_dataset import ImageDataset, read_rgb
-from idml.data.sampling import eval_batches, num_train_batches, train_batches
+from idml.data.sampling import (
+    balanced_batches,
+    eval_batches,
+    global_batch_sizes,
+    num_balanced_batches,
+    num_train_batches,
+    train_batches,
+)
 from idml.errors import TrainingError
 
 EVAL_RESIZE = 256 / 224
@@ -41,6 +48,9 @@ class Loader(Protocol):
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch; give a new number for each pass in training."""
 
+    def global_sizes(self) -> list[int]:
+        """Images of each training step of an epoch over all ranks."""
+
     def images_at(self, indices: Sequence[int]) -> Tensor:
         """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
 
@@ -54,18 +64,30 @@ class DealtBatches:
     seed: int
     rank: int
     world_size: int
+    per_class: int | None = None
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The indices of each batch of ``epoch`` on this rank."""
         ranks = {"rank": self.rank, "world_size": self.world_size}
+        if self.train and self.per_class is not None:
+            order = {"seed": self.seed, "epoch": epoch}
+            return balanced_batches(self.dataset.labels, self.batch_size, self.per_class, **order, **ranks)
         if self.train:
             return train_batches(len(self.dataset), self.batch_size, seed=self.seed, epoch=epoch, **ranks)
         return eval_batches(len(self.dataset), self.batch_size, **ranks)
 
     def __len__(self) -> int:
+        if self.train and self.per_class is not None:
+            return num_balanced_batches(len(self.dataset), self.batch_size)
         if self.train:
             return num_train_batches(len(self.dataset), self.batch_size, self.world_size)
         return len(self.batches(0))
+
+    def global_sizes(self) -> list[int]:
+        """Images of each training step of an epoch over all ranks."""
+        if self.per_class is not None:
+            return [self.batch_size] * len(self)
+        return global_batch_sizes(len(self.dataset), self.batch_size, self.world_size)
 
 
 class _Batches(Dataset):
@@ -130,6 +152,7 @@ class TorchLoader(DealtBatches):
         workers: processes that decode files; images in memory use none.
         rank, world_size: this process and how many there are.
         pin_memory: page-locked batches, for copies to a GPU that do not block.
+        per_class: in training, images of each class in a batch (see ``balanced_batches``); None: random batches.
     """
 
     def __init__(
@@ -144,9 +167,10 @@ class TorchLoader(DealtBatches):
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        per_class: int | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.per_class = rank, world_size, per_class
         self._sampler = _EpochBatchSampler(self)
         workers = workers if dataset.paths is not None else 0
         self._fetch = _Batches(dataset, image_size, train, seed)
