@@ -2,6 +2,7 @@
 
 table RUN [RUN ...]                    one row per run directory
 ffcv-write --dataset D --out X.beton   write a split of a data set for FFCV (--help lists the options)
+verify-data --dataset D --data-dir DIR whether a retrieval data set is whole and every image decodes (--help)
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import sys
 
 from idml.data.ffcv_write import ffcv_write
+from idml.data.verify import verify_data
 from idml.errors import UserError, nearest, run_main
 from idml.tables import print_table
 
-COMMANDS = {"table": print_table, "ffcv-write": ffcv_write}
+COMMANDS = {"table": print_table, "ffcv-write": ffcv_write, "verify-data": verify_data}
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ def balanced_batches(
     """Class-balanced batches of one epoch for one rank: ``per_class`` images of each of several classes.
 
     An epoch has ``num_balanced_batches`` steps. Classes come in turn, in a random order that is drawn anew when all
-    have come; so do the images of a class. No image comes twice in a batch unless its class has fewer than ``per_class``.
+    have come; so do the images of a class. No image comes twice in a batch unless its class has fewer than
+    ``per_class``.
 
     Args:
         labels: (N,) int64.
