@@ -1,12 +1,14 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint ffcv-wheel
+.PHONY: help install demo demo-dml test lint ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
+DEMO_DML := runs/demo-dml
 
 help:
 	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
+	@echo "make demo-dml  train plain and introspective retrieval on real images (about 3 minutes) and compare them"
 	@echo "make test      lint, types and tests (SLOW=0 leaves the slow tests out)"
 	@echo "make install   only make .venv"
 	@echo "make ffcv-wheel  a wheel of FFCV with its libraries inside, for machines where you are not root"
@@ -21,6 +23,13 @@ demo: install
 			--output-dir $(DEMO)/$$method || exit $$?; \
 	done
 	@$(PY) -m idml table $(DEMO)/baseline $(DEMO)/cutmix $(DEMO)/idml-cutmix
+
+demo-dml: install
+	@rm -rf $(DEMO_DML)
+	@for ism in off live; do \
+		$(PY) train_dml.py --config configs/quick/emoji_mini.yaml --ism $$ism --output-dir $(DEMO_DML)/$$ism || exit $$?; \
+	done
+	@$(PY) -m idml table $(DEMO_DML)/off $(DEMO_DML)/live
 
 ffcv-wheel: install
 	@bash .ci/ffcv-wheel

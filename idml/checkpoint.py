@@ -26,7 +26,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = _load_tensors(Path(path))
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
     if missing:
-        raise UserError(f"{path} is not a checkpoint of train_cls.py: it has no {', '.join(missing)}")
+        raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: it has no {', '.join(missing)}")
     return checkpoint
 
 

@@ -25,7 +25,8 @@ class TrainingError(RuntimeError):
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """``"; did you mean a, b?"`` with the names closest to ``name``, or an empty string when none is close."""
-    matches = difflib.get_close_matches(name.lower(), {n.lower(): n for n in names}, n=count, cutoff=0.5)
+    spelled = {known.lower(): known for known in names}
+    matches = [spelled[match] for match in difflib.get_close_matches(name.lower(), spelled, n=count, cutoff=0.5)]
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -1,12 +1,24 @@
-"""Optimizer, learning-rate schedule and weight averaging of a classification run, out of torch's and timm's parts."""
+"""Optimizers and learning-rate schedules of both scripts, out of torch's parts."""
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
+from typing import TYPE_CHECKING, Any
 
-from idml.config_cls import ClsConfig
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
+
+if TYPE_CHECKING:
+    from idml.config_cls import ClsConfig
+    from idml.config_dml import DmlConfig
 
 
 def build_optimizer(model: nn.Module, config: ClsConfig) -> Optimizer:
@@ -42,3 +54,30 @@ def build_schedule(optimizer: Optimizer, config: ClsConfig, *, steps_per_epoch: 
     if warmup == 0:
         return main
     return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=warmup), main], milestones=[warmup])
+
+
+def build_dml_optimizer(model: nn.Module, loss: nn.Module, config: DmlConfig) -> Optimizer:
+    """The released trainer's optimizers, over the network and, at a learning rate of their own, the loss's parameters.
+
+    SGD has momentum 0.9 (Nesterov), RMSprop alpha 0.9 and momentum 0.9, as released. Frozen parameters are in it too:
+    after the warm-up they are trained.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if own := list(loss.parameters()):
+        assert config.loss_lr_factor is not None
+        groups.append({"params": own, "lr": config.lr * config.loss_lr_factor})
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    match config.optimizer:
+        case "sgd":
+            return SGD(groups, momentum=0.9, nesterov=True, **shared)
+        case "adam":
+            return Adam(groups, **shared)
+        case "rmsprop":
+            return RMSprop(groups, alpha=0.9, momentum=0.9, **shared)
+        case "adamw":
+            return AdamW(groups, **shared)
+
+
+def build_dml_schedule(optimizer: Optimizer, config: DmlConfig, *, steps_per_epoch: int) -> LRScheduler:
+    """The released schedule, to be stepped after every optimizer step: times gamma after every few epochs."""
+    return StepLR(optimizer, config.lr_decay_step * steps_per_epoch, config.lr_decay_gamma)

@@ -88,6 +88,32 @@ def extremes_grid(images: Tensor, scores: Tensor, captions: Sequence[str], *, na
     return captioned_grid(images, texts, columns=len(images) // 2, titles=titles)
 
 
+def neighbour_grid(rows: Sequence[tuple[Tensor, Sequence[str], Sequence[bool]]]) -> Image.Image:
+    """One row per query: the query, then its nearest images, framed green and full where right, red and dashed where
+    wrong, so that they can be told apart without colours too.
+
+    Args:
+        rows: for each query, (1 + K, 3, S, S) uint8 images with the query first; 1 + K captions of up to two lines; and
+            K times whether the neighbour is of the query's class.
+    """
+    columns = len(rows[0][0])
+    captions = [caption for _, texts, _ in rows for caption in texts]
+    canvas = captioned_grid(torch.cat([images for images, _, _ in rows]), captions, columns=columns)
+    draw = ImageDraw.Draw(canvas)
+    cell_width, cell_height = canvas.width // columns, (canvas.height - MARGIN) // len(rows)
+    for row, (_, _, right) in enumerate(rows):
+        for column, is_right in enumerate(right, start=1):
+            left, top = column * cell_width + MARGIN, row * cell_height + MARGIN
+            box = (left - 3, top - 3, left + TILE + 2, top + TILE + 2)
+            draw.rectangle(box, outline="#1a8f3c" if is_right else "#d01f1f", width=3)
+            for start in [] if is_right else range(0, TILE, 12):
+                for edge in (box[1], box[3] - 2):
+                    draw.rectangle((left + start, edge, left + start + 5, edge + 2), fill="white")
+                for edge in (box[0], box[2] - 2):
+                    draw.rectangle((edge, top + start, edge + 2, top + start + 5), fill="white")
+    return canvas
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write the picture; an existing file is replaced only by a whole one."""
     temporary = path.with_name(path.name + ".tmp")

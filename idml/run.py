@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from idml.config import dump_config
 from idml.data.image_dataset import DataSplits
+from idml.data.retrieval_data import RetrievalData
 from idml.distributed import is_main, world_size
 from idml.errors import UserError
 from idml.pictures import as_tensor, save_png
@@ -151,16 +152,33 @@ class Run:
                 self.log_scalar(name, value, metrics["epoch"])
         return is_best
 
+    def log_projector(self, embeddings: Tensor, names: Sequence[str], images: Tensor, step: int) -> None:
+        """Embeddings for TensorBoard's projector, each with its name and its image.
+
+        Args:
+            embeddings: (N, D).
+            names: N texts.
+            images: (N, 3, S, S) in [0, 1]; N S^2 of at most 8192^2 pixels, the largest sprite the projector takes.
+            step: that they belong to.
+        """
+        if self._log is not None:
+            self._log.add_embedding(embeddings, list(names), images, step, tag="test")
+
     @property
     def last_checkpoint(self) -> Path:
         """Where the newest checkpoint is."""
         return self.directory / "checkpoints" / "last.pt"
 
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self._log is not None
+
     def has_picture(self, name: str) -> bool:
         """Whether ``pictures/<name>.png`` has been drawn, or is not this rank's to draw."""
         return self._log is None or (self.directory / "pictures" / f"{name}.png").exists()
 
-    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits) -> None:
+    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits | RetrievalData) -> None:
         """Write ``checkpoints/<name>.pt``: the state, the config, the class names and the preprocessing.
 
         It holds tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
@@ -174,8 +192,8 @@ class Run:
         torch.save(state.state_dict() | about | {"preprocessing": preprocessing}, temporary)
         temporary.replace(path)
 
-    def finish(self, *, picked_on: str) -> dict[str, Any]:
-        """Write ``results.json`` and close TensorBoard; returns what was written."""
+    def finish(self, *, picked_on: str, **about: Any) -> dict[str, Any]:
+        """Write ``results.json``, with ``about`` among its values, and close TensorBoard; returns what was written."""
         assert self.last is not None and self.best is not None
         results = {
             "final": self.last,
@@ -185,6 +203,7 @@ class Run:
             "dataset": self.config.dataset,
             "model": self.config.model,
             "seed": self.config.seed,
+            **about,
             "versions": versions(),
             "git_commit": git_commit(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -22,6 +22,7 @@ class TrainingState:
         optimizer, schedule, scaler: the schedule counts steps; the scaler does nothing but for fp16.
         generator: CPU generator of augmentation and mixing.
         ema: moving average of the model, or None.
+        loss: a loss with parameters of its own (proxies, say), or None.
         epoch, step: how many are done.
     """
 
@@ -32,6 +33,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     generator: torch.Generator
     ema: ModelEmaV3 | None = None
+    loss: nn.Module | None = None
     epoch: int = 0
     step: int = 0
 
@@ -50,6 +52,7 @@ class TrainingState:
         return {
             "model": self.evaluated_model.state_dict(),
             "trained_model": None if self.ema is None else self.model.state_dict(),
+            "loss": None if self.loss is None else self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),

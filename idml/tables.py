@@ -9,7 +9,34 @@ from typing import Any
 
 from idml.errors import UserError
 
-COLUMNS = ("method", "top-1", "top-5", "NLL", "ECE", "u test", "u clean", "u mixed", "active units", "seconds")
+CLASSIFICATION = {
+    "top-1": ("top1", ".1%"),
+    "top-5": ("top5", ".1%"),
+    "NLL": ("nll", ".3f"),
+    "ECE": ("ece", ".3f"),
+    "u test": ("uncertainty_test", ".2f"),
+    "u clean": ("uncertainty_train_clean", ".2f"),
+    "u mixed": ("uncertainty_train_mixed", ".2f"),
+    "active units": ("active_uncertainty_units", ".0%"),
+}
+"""Column of the table of a train_cls.py run: key in ``results.json``, format."""
+
+RETRIEVAL = {
+    "R@1": ("R@1", ".1%"),
+    "R@2": ("R@2", ".1%"),
+    "R@4": ("R@4", ".1%"),
+    "R@10": ("R@10", ".1%"),
+    "RP": ("RP", ".1%"),
+    "MAP@R": ("MAP@R", ".1%"),
+    "NMI": ("NMI", ".1%"),
+    "F1": ("F1", ".1%"),
+    "R@1 other families": ("other_families/R@1", ".1%"),
+    "R-AUROC u": ("R-AUROC uncertainty", ".3f"),
+    "R-AUROC norm": ("R-AUROC norm", ".3f"),
+    "R-AUROC 1-sim": ("R-AUROC similarity", ".3f"),
+    "ISM weight": ("ism_weight", ".3f"),
+}
+"""The same for a train_dml.py run; columns that no run has are left out."""
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -21,24 +48,19 @@ def read_results(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is not a finished run: {path} cannot be read ({error})") from None
 
 
-def _row(results: dict[str, Any]) -> list[str]:
-    final = results["final"]
-
-    def number(key: str, form: str) -> str:
-        return format(final[key], form) if key in final else "-"
-
-    return [
-        results["method"],
-        number("top1", ".1%"),
-        number("top5", ".1%"),
-        number("nll", ".3f"),
-        number("ece", ".3f"),
-        number("uncertainty_test", ".2f"),
-        number("uncertainty_train_clean", ".2f"),
-        number("uncertainty_train_mixed", ".2f"),
-        number("active_uncertainty_units", ".0%"),
-        f"{results['wall_seconds']:.0f}",
-    ]
+def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Title and one row per run."""
+    kinds = {"R@1" in run["final"] for run in runs}
+    if len(kinds) > 1:
+        raise UserError("runs of train_cls.py and of train_dml.py have no columns in common; give one kind at a time")
+    columns = RETRIEVAL if kinds.pop() else CLASSIFICATION
+    columns = {title: (key, form) for title, (key, form) in columns.items() if any(key in run["final"] for run in runs)}
+    rows = [["method", *columns, "seconds"]]
+    for run in runs:
+        final = run["final"]
+        figures = [format(final[key], form) if key in final else "-" for key, form in columns.values()]
+        rows.append([run["method"], *figures, f"{run['wall_seconds']:.0f}"])
+    return rows
 
 
 def print_table(arguments: Sequence[str]) -> None:
@@ -47,8 +69,8 @@ def print_table(arguments: Sequence[str]) -> None:
         raise UserError("expected run directories: python -m idml table runs/a runs/b")
     directories = [Path(argument) for argument in arguments]
     runs = [read_results(directory) for directory in directories]
-    rows = [list(COLUMNS), *map(_row, runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    rows = _rows(runs)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]

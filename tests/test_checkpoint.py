@@ -97,5 +97,5 @@ def test_a_hostile_or_damaged_file_is_one_line(
 
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(backbone().state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"not a checkpoint of train_cls\.py: it has no model, config"):
+    with pytest.raises(UserError, match=r"not a checkpoint of train_cls\.py or train_dml\.py: it has no model, config"):
         read_checkpoint(tmp_path / "w.pt")

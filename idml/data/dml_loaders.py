@@ -1,0 +1,66 @@
+"""The loaders of a retrieval run: training (random or class-balanced), test, gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from idml.checks_dml import IN_PACKAGE
+from idml.config_dml import DmlConfig
+from idml.data.image_dataset import ImageDataset
+from idml.data.loaders import build_loader
+from idml.data.retrieval_data import RetrievalData
+from idml.data.torch_loader import Loader, TorchLoader
+from idml.distributed import is_main, rank, world_size
+
+EVAL_BATCH_SIZE = 128
+"""Images of an evaluation step on each rank: nothing depends on it but memory."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DmlLoaders:
+    """This rank's loaders; ``gallery`` only where the queries do not search one another."""
+
+    train: Loader
+    test: Loader
+    gallery: Loader | None
+
+
+def build_dml_loaders(data: RetrievalData, config: DmlConfig, *, pin_memory: bool) -> DmlLoaders:
+    """The loaders that a config asks for; FFCV's .beton files are written where they are needed.
+
+    Raises:
+        UserError: FFCV was asked for and is not there, or a .beton cannot be written.
+    """
+    shared: dict[str, Any] = {
+        "image_size": data.preprocessing.image_size,
+        "workers": config.workers,
+        "rank": rank(),
+        "world_size": world_size(),
+        "pin_memory": pin_memory,
+    }
+    training = {"batch_size": config.batch_size, "train": True, "seed": config.seed, "per_class": config.IPC, **shared}
+    evaluation = {"batch_size": EVAL_BATCH_SIZE, "train": False, **shared}
+    return DmlLoaders(
+        train=_loader(data.train, config, "train", training),
+        test=_loader(data.test, config, "test", evaluation),
+        gallery=_loader(data.gallery, config, "gallery", evaluation) if data.gallery else None,
+    )
+
+
+def _loader(dataset: ImageDataset, config: DmlConfig, split: str, arguments: dict[str, Any]) -> Loader:
+    """The loader of one split; a data set inside a package is too small for FFCV to gain anything."""
+    if config.loader == "auto" and config.dataset in IN_PACKAGE:
+        if is_main():
+            print(f"{split} images: torch loader, because {config.dataset} is small and in memory")
+        return TorchLoader(dataset, **arguments)
+    whole, rows = dataset.origin or (dataset, None)
+    return build_loader(
+        whole,
+        subset=rows,
+        loader=config.loader,
+        source=config.dataset,
+        split=split,
+        cache_dir=config.cache_dir,
+        **arguments,
+    )

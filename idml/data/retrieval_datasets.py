@@ -1,0 +1,73 @@
+"""The retrieval data that a config asks for, checked for what would make training fail or mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from idml.config_dml import DmlConfig
+from idml.data.emoji import read_emoji, read_emoji_mini
+from idml.data.image_dataset import ImageDataset
+from idml.data.retrieval_data import RetrievalData
+from idml.data.retrieval_folder import read_csv, read_folder
+from idml.data.retrieval_readers import read_cars, read_cub, read_inshop, read_sop
+from idml.distributed import world_size
+from idml.errors import UserError
+
+READERS: Mapping[str, Callable[[DmlConfig], RetrievalData]] = {
+    "cub": read_cub,
+    "cars": read_cars,
+    "sop": read_sop,
+    "inshop": read_inshop,
+    "folder": read_folder,
+    "csv": read_csv,
+    "emoji-mini": read_emoji_mini,
+    "emoji": read_emoji,
+}
+
+
+def read_retrieval_data(config: DmlConfig) -> RetrievalData:
+    """The data of a config; where it leaves ``image_size``, ``flip`` and ``crop_padding`` open, they are filled in.
+
+    Raises:
+        UserError: data missing or damaged, fewer than two classes on a side, no class with two test images, fewer
+            images than a batch, fewer classes than a class-balanced batch has, fewer test images than a K of R@K.
+    """
+    data = READERS[config.dataset](config)
+    _check_classes(data.train, "training")
+    _check_classes(data.test, "test")
+    searched = data.test if data.gallery is None else data.gallery
+    if data.gallery is None and np.bincount(data.test.labels).max() < 2:
+        raise UserError("no class has two test images, so there is nothing to retrieve")
+    if data.gallery is not None and not np.isin(data.test.labels, data.gallery.labels).any():
+        raise UserError("no class of the query images is in the gallery, so there is nothing to retrieve")
+    if config.batch_size > len(data.train):
+        raise UserError(f"--batch-size {config.batch_size} is larger than the {len(data.train)} training images")
+    if config.IPC is not None and config.batch_size // config.IPC > len(data.train.classes):
+        raise UserError(
+            f"a batch of {config.batch_size} with --IPC {config.IPC} has {config.batch_size // config.IPC} classes; "
+            f"there are {len(data.train.classes)}: take a larger --IPC or a smaller --batch-size"
+        )
+    for name, split in (("test", data.test), ("gallery", data.gallery)):
+        if split is not None and len(split) < world_size():
+            raise UserError(f"{len(split)} {name} images are too few for {world_size()} processes: each needs one")
+    most = len(searched) - (1 if data.gallery is None else 0)
+    assert config.ks is not None
+    if config.ks[-1] > most:
+        raise UserError(f"--ks {config.ks[-1]}: each query has only {most} images to be found among")
+    config.image_size = data.preprocessing.image_size
+    config.flip = data.flip if config.flip is None else config.flip
+    config.crop_padding = data.crop_padding if config.crop_padding is None else config.crop_padding
+    return dataclasses.replace(data, flip=config.flip, crop_padding=config.crop_padding)
+
+
+def _check_classes(dataset: ImageDataset, name: str) -> None:
+    if len(dataset) == 0:
+        raise UserError(f"there are no {name} images")
+    labels, count = dataset.labels, len(dataset.classes)
+    if labels.min() < 0 or labels.max() >= count:
+        raise UserError(f"labels of the {name} images must be 0 to {count - 1}, got {labels.min()} to {labels.max()}")
+    if len(np.unique(labels)) < 2:
+        raise UserError(f"expected {name} images of at least 2 classes, got {dataset.classes[int(labels[0])]!r} only")

@@ -1,0 +1,106 @@
+"""Retrieval under torchrun: two gloo processes, really started, train what one trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from idml.losses import LOSSES
+from tests.test_distributed import launch
+from tests.test_train_cls import ROOT, read_tensorboard
+
+# Every loss in one program, so that starting processes and importing is paid for once.
+TRAIN_ALL = """
+import os, sys
+import train_dml
+from idml import distributed
+from idml.errors import run_main
+distributed.shutdown, leave = lambda: None, distributed.shutdown
+def main():
+    for loss in sys.argv[1].split(","):
+        for ism in ("off", "live"):
+            pairs = ["--IPC", "4"] if loss not in ("Proxy_Anchor", "Proxy_NCA") else []
+            train_dml.main([*sys.argv[3:], *pairs, "--loss", loss, "--ism", ism,
+                            "--output-dir", f"{sys.argv[2]}/{loss}-{ism}"])
+    leave()
+run_main(main)
+"""
+# Batch norm is frozen since torch synchronises it on GPUs only; images are mixed within each process's share only.
+OPTIONS = ["--model", "resnet8_cifar", "--image-size", "16", "--embedding-size", "32", "--batch-size", "40"]
+OPTIONS += ["--mix", "none", "--warm", "0", "--lr", "1e-3", "--no-nmi", "--max-steps", "20", "--log-every", "1"]
+OPTIONS += ["--threads", "1", "--no-verbose"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("distributed")
+    script = base / "train_all.py"
+    script.write_text(TRAIN_ALL)
+    for processes, name in ((1, "one"), (2, "two")):
+        done = launch(processes, script, ",".join(LOSSES), str(base / name), *OPTIONS)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {name: base / name for name in ("one", "two")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ism", ["off", "live"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_train_what_one_trains(runs: dict[str, Path], loss: str, ism: str) -> None:
+    states = {}
+    for name, base in runs.items():
+        states[name] = torch.load(base / f"{loss}-{ism}" / "checkpoints/last.pt", weights_only=True)
+    for part in ("loss", "model"):
+        for key, value in states["one"][part].items():
+            torch.testing.assert_close(states["two"][part][key], value, rtol=1e-4, atol=1e-5, msg=f"{part} {key}")
+    curves = [[e.value for e in read_tensorboard(b / f"{loss}-{ism}").Scalars("step/loss")] for b in runs.values()]
+    assert len(curves[0]) == 20
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    final = [json.loads((b / f"{loss}-{ism}/results.json").read_text(encoding="utf-8")) for b in runs.values()]
+    assert [results["processes"] for results in final] == [1, 2]
+    for key in ("R@1", "MAP@R", "R-AUROC similarity"):
+        assert final[1]["final"][key] == pytest.approx(final[0]["final"][key], abs=5e-3), key
+
+
+PROXIES = """
+import os, sys
+import torch, train_dml
+from idml.errors import run_main
+original = train_dml.step
+def step(state, images, batch, config, global_size):
+    loss = original(state, images, batch, config, global_size)
+    proxies = state.loss.proxies.detach()
+    torch.save({"proxies": proxies.clone(), "lam": batch.lam, "loss": loss, "images": images[:1].clone(),
+                "head": state.model.semantic_head.weight.detach().clone()},
+               f"step-{state.step}-rank-{os.environ['RANK']}.pt")
+    return loss
+train_dml.step = step
+run_main(train_dml.main)
+"""
+
+
+def test_with_mixup_and_a_warm_up_all_ranks_hold_the_same(tmp_path: Path) -> None:
+    """Batch norm live and images mixed: lam, loss, proxies and network are the same on both ranks, the images not."""
+    script = tmp_path / "probe.py"
+    script.write_text(PROXIES)
+    extra = ["--mix", "mixup", "--bn-freeze", "0", "--warm", "1", "--epochs", "2", "--batch-size", "400"]
+    done = launch(2, script, *OPTIONS, *extra, "--output-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = sorted({int(path.name.split("-")[1]) for path in tmp_path.glob("step-*")})
+    assert len(steps) >= 4
+    for number in steps:
+        both = [torch.load(tmp_path / f"step-{number}-rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in ("proxies", "lam", "loss", "head"):
+            assert torch.equal(both[0][name], both[1][name]), (number, name)
+        assert not torch.equal(both[0]["images"], both[1]["images"])
+    assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
+    done = launch(2, ROOT / "train_dml.py", "--batch-size", "33", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "--batch-size 33 (over all processes) does not divide by 2 processes" in done.stderr
+    assert not (tmp_path / "runs").exists()

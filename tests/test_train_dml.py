@@ -1,0 +1,378 @@
+"""train_dml.py as it is run: losses learn, the run directory holds what it should, mistakes end with code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_dml
+from idml.backbones import create_backbone
+from idml.config_dml import parse_dml_config
+from idml.data.retrieval_datasets import read_retrieval_data
+from idml.data.torch_loader import TorchLoader
+from idml.errors import TrainingError, UserError, run_main
+from idml.losses import LOSSES
+from idml.metrics import retrieval_metrics
+from idml.models import IntrospectiveEmbedder
+from idml.retrieval_evaluation import embed
+from idml.runtime import seed_everything
+from idml.tables import print_table
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--model", "resnet8_cifar", "--image-size", "32", "--embedding-size", "64", "--bn-freeze", "0", "--warm", "0"]
+TINY += ["--batch-size", "48", "--no-nmi", "--log-every", "1", "--no-verbose"]
+PAIRS = ["--IPC", "4"]
+LEARNING_RATES = {"Proxy_Anchor": "2e-3", "Proxy_NCA": "2e-3"}
+
+
+def read_tensorboard(run: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def options(loss: str, ism: str) -> list[str]:
+    sampling = PAIRS if LOSSES[loss].needs_pairs else []
+    return [*TINY, *sampling, "--loss", loss, "--ism", ism, "--lr", LEARNING_RATES.get(loss, "2e-3")]
+
+
+def untrained_recall(ism: str) -> float:
+    """R@1 of the network that a run of ``options`` starts from."""
+    config, _ = parse_dml_config(options("Proxy_Anchor", ism), description="")
+    seed_everything(config.seed)
+    data = read_retrieval_data(config)
+    model = train_dml.build_model(config)
+    loader = TorchLoader(data.test, batch_size=256, image_size=32, train=False)
+    embedded = embed(model, loader, data.preprocessing, "fp32")
+    return retrieval_metrics(embedded.semantic, embedded.labels, ks=(1,), nmi=False)["R@1"]
+
+
+@pytest.fixture(scope="module")
+def untrained() -> dict[str, float]:
+    return {ism: untrained_recall(ism) for ism in ("off", "live", "released")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ism", ["off", "live", "released"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_beats_the_untrained_network(
+    tmp_path: Path, untrained: dict[str, float], loss: str, ism: str
+) -> None:
+    run = tmp_path / "run"
+    results = train_dml.main([*options(loss, ism), "--max-steps", "40", "--output-dir", str(run)])
+    assert results["final"]["R@1"] > untrained[ism] + 0.02
+    assert (results["loss"], results["ism"]) == (loss, ism)
+    state = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    own = {name for name in state["loss"] if name.endswith(("proxies", "beta"))}
+    assert bool(own) == (loss in ("Proxy_Anchor", "Proxy_NCA", "Margin"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Twelve steps of ProxyAnchor, plain and introspective."""
+    base = tmp_path_factory.mktemp("runs")
+    for ism in ("off", "live", "released"):
+        arguments = [*options("Proxy_Anchor", ism), "--nmi", "--max-steps", "12", "--output-dir", str(base / ism)]
+        train_dml.main(arguments)
+    return {ism: base / ism for ism in ("off", "live", "released")}
+
+
+@pytest.mark.parametrize("ism", ["off", "live", "released"])
+def test_run_directory(runs: dict[str, Path], ism: str) -> None:
+    run = runs[ism]
+    measured = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    figures = {
+        "R@1",
+        "R@2",
+        "R@4",
+        "R@8",
+        "RP",
+        "MAP@R",
+        "NMI",
+        "F1",
+        "R-AUROC norm",
+        "R-AUROC similarity",
+        "train_loss",
+    }
+    figures |= {"other_families/R@1", "other_families/MAP@R"}
+    assert figures <= set(measured)
+    introspective = {"uncertainty_test", "ism_weight", "R-AUROC uncertainty"}
+    assert introspective <= set(measured) if ism != "off" else not introspective & set(measured)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert results["final"] == measured
+    assert {"versions", "git_commit", "command", "seed", "wall_seconds", "hardware", "processes"} <= set(results)
+    assert results["best"]["picked_on"] == "test set"
+    assert results["mix"] == ("none" if ism == "off" else "mixup")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_variants_differ_and_live_trains_its_head(runs: dict[str, Path]) -> None:
+    final = {ism: json.loads((run / "results.json").read_text(encoding="utf-8"))["final"] for ism, run in runs.items()}
+    assert len({figures["train_loss"] for figures in final.values()}) == 3
+    assert 0.5 < final["live"]["ism_weight"] < 1
+    assert final["released"]["uncertainty_test"] == pytest.approx(1, abs=1e-5), "of unit length: inert"
+    config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
+    seed_everything(config.seed)
+    fresh = train_dml.build_model(config).state_dict()["uncertainty_head.weight"].flatten()
+    trained = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)["model"]["uncertainty_head.weight"]
+    # Up to a factor, by which it was scaled before the first step.
+    assert torch.nn.functional.cosine_similarity(fresh, trained.flatten(), dim=0) < 0.98
+
+
+def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path]) -> None:
+    """Rebuilt from the file alone."""
+    checkpoint = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)
+    config = checkpoint["config"]
+    model = IntrospectiveEmbedder(config["model"], config["embedding_size"], config["uncertainty_dim"], ism="live")
+    model.load_state_dict(checkpoint["model"])
+    data = read_retrieval_data(parse_dml_config(options("Proxy_Anchor", "live"), description="")[0])
+    images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2).float().div(255)
+    mean, std = (torch.tensor(checkpoint["preprocessing"][name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        semantic = model.eval()((images - mean) / std).semantic
+    similarity = (semantic @ semantic.T).fill_diagonal_(-1)
+    labels = torch.from_numpy(data.test.labels)
+    recall = (labels[similarity.argmax(1)] == labels).float().mean().item()
+    reported = json.loads((runs["live"] / "results.json").read_text(encoding="utf-8"))["final"]["R@1"]
+    assert recall == pytest.approx(reported, abs=2e-3)
+    assert checkpoint["loss"]["loss.proxies"].shape == (len(data.train.classes), 64)
+
+
+def test_tensorboard_pictures_and_projector(runs: dict[str, Path]) -> None:
+    run = runs["live"]
+    log = read_tensorboard(run)
+    assert len(log.Scalars("step/loss")) == 12
+    assert log.Scalars("R@1")[0].value == pytest.approx(
+        json.loads((run / "metrics.jsonl").read_text(encoding="utf-8"))["R@1"]
+    )
+    assert {"test queries and their nearest", "test embeddings"} <= set(log.Tags()["images"])
+    with Image.open(run / "pictures/neighbours.png") as picture:
+        pixels = np.asarray(picture)
+    frames = [(pixels == colour).all(2).sum() for colour in ((0x1A, 0x8F, 0x3C), (0xD0, 0x1F, 0x1F))]
+    assert min(frames) > 100, "after twelve steps some neighbours are right and some wrong"
+    assert (run / "pictures/projection.png").stat().st_size > 10_000
+    projector = run / "tensorboard"
+    settings = (projector / "projector_config.pbtxt").read_text()
+    assert "sprite" in settings
+    rows = next(projector.rglob("tensors.tsv")).read_text().splitlines()
+    assert len(rows) == 1000
+    assert len(rows[0].split("\t")) == 64
+    assert len(next(projector.rglob("metadata.tsv")).read_text().splitlines()) == 1000
+    with Image.open(next(projector.rglob("sprite.png"))) as sprite:
+        assert sprite.width == 32 * 32
+
+
+def test_eval_only(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = train_dml.main(
+        [
+            "--eval-only",
+            "--checkpoint",
+            str(runs["live"] / "checkpoints/last.pt"),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+    )
+    reported = json.loads((runs["live"] / "results.json").read_text(encoding="utf-8"))["final"]
+    for name in ("R@1", "MAP@R", "R-AUROC uncertainty", "other_families/R@1"):
+        assert metrics[name] == pytest.approx(reported[name], abs=2e-3), name
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
+    assert (tmp_path / "out/neighbours.png").exists()
+
+
+def test_the_saved_config_repeats_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    train_dml.main(["--config", str(runs["live"] / "config.yaml"), "--output-dir", str(tmp_path / "again")])
+    losses = [
+        [e.value for e in read_tensorboard(run).Scalars("step/loss")] for run in (runs["live"], tmp_path / "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_table_of_runs(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([str(runs["off"]), str(runs["live"])])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| Proxy_Anchor ") and lines[3].startswith("| Proxy_Anchor + ISM live")
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    recall = json.loads((runs["live"] / "results.json").read_text(encoding="utf-8"))["final"]["R@1"]
+    assert f"{recall:.1%}" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--mix", "cutmix"),
+        ("--mix", "none", "--l2-norm", "0"),
+        ("--optimizer", "sgd", "--clip-value", "0"),
+        ("--optimizer", "adam", "--pool", "avg"),
+        ("--optimizer", "rmsprop", "--pool", "max", "--lr", "1e-4"),
+        ("--bn-freeze", "1", "--warm", "1", "--epochs", "2", "--max-steps", "30"),
+        ("--lone-queries", "exclude", "--ks", "1", "3", "100"),
+        ("--deterministic", "--seed", "3"),
+        ("--precision", "bf16", "--image-size", "16", "--max-steps", "1"),
+    ],
+    ids=" ".join,
+)
+def test_options_run(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    arguments = [*options("Proxy_Anchor", "live"), "--max-steps", "2", *extra, "--output-dir", str(tmp_path / "run")]
+    results = train_dml.main(arguments)
+    assert np.isfinite(results["final"]["train_loss"])
+    if "--ks" in extra:
+        assert "R@100" in results["final"]
+
+
+def test_warm_up_trains_the_heads_only(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*options("Proxy_Anchor", "live"), "--warm", "1", "--max-steps", "3", "--output-dir", str(run)]
+    train_dml.main(arguments)
+    config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
+    seed_everything(config.seed)
+    fresh = train_dml.build_model(config).state_dict()
+    trained = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
+    moved = {name for name in fresh if "running" not in name and "num_batches" not in name}
+    moved = {name.split(".")[0] for name in moved if not torch.equal(fresh[name], trained[name])}
+    assert moved == {"semantic_head", "uncertainty_head"}
+
+
+def test_frozen_batch_norm_takes_one_forward_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    passes: list[int] = []
+    forward = IntrospectiveEmbedder.forward
+
+    def counting(self: IntrospectiveEmbedder, images: torch.Tensor) -> object:
+        if torch.is_grad_enabled():
+            passes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(IntrospectiveEmbedder, "forward", counting)
+    shared = [*options("Proxy_Anchor", "live"), "--max-steps", "1"]
+    train_dml.main([*shared, "--bn-freeze", "1", "--output-dir", str(tmp_path / "frozen")])
+    assert passes == [96]
+    passes.clear()
+    train_dml.main([*shared, "--bn-freeze", "0", "--output-dir", str(tmp_path / "live")])
+    assert passes == [48, 48]
+
+
+def test_both_ways_give_the_same_loss_where_batch_norm_is_frozen(tmp_path: Path) -> None:
+    seed_everything(1)
+    model = IntrospectiveEmbedder("resnet8_cifar", 16).eval()
+    images = torch.rand(2, 6, 3, 32, 32)
+    together = train_dml.Parts(model)(images[0], images[1])
+    for part, output in zip(images, together, strict=True):
+        for name, column in output._asdict().items():
+            torch.testing.assert_close(column, getattr(model(part), name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_photos_trains_with_weights_from_a_file(image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "classes"
+    folder.mkdir()
+    for split in ("train", "val"):
+        for source in (image_folder / split).iterdir():
+            source.rename(folder / f"{source.name}-{split}")
+    torch.manual_seed(7)
+    backbone = create_backbone("resnet8_cifar")
+    save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    arguments = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "32", "--model", "resnet8_cifar"]
+    arguments += ["--pretrained", str(tmp_path / "weights.safetensors"), "--batch-size", "6", "--epochs", "1"]
+    arguments += ["--warm", "1", "--workers", "1", "--ks", "1", "--loss", "MS", "--IPC", "3"]
+    results = train_dml.main([*arguments, "--output-dir", str(tmp_path / "run")])
+    assert 0 <= results["final"]["R@1"] <= 1
+    trained = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["model"]
+    assert torch.equal(trained["backbone.conv1.weight"], backbone.state_dict()["conv1.weight"]), "--warm 1 of 1 epoch"
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()  # what was printed before does not count
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: train_dml.main(arguments))
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert "epoch" not in captured.out
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--loss", "ProxyAnchor"), "did you mean Proxy_Anchor"),
+        (("--model", "resnet50x"), "did you mean resnet50"),
+        (("--batch-size", "99999"), "is larger than the"),
+        (("--batch-size", "120", "--IPC", "7"), "not a multiple of --IPC 7"),
+        (("--ks", "100000"), "each query has only"),
+        (("--dataset", "cub", "--data-dir", "nowhere"), "nowhere"),
+        (("--dataset", "csv"), "needs --csv FILE"),
+        (("--dataset", "emoji"), "--data-dir"),
+        (("--bn-freeze", "2"), "between 0 and 1, got 2"),
+        (("--gpu", "5"), "--gpu 5"),
+        (("--eval-only",), "--eval-only needs --checkpoint"),
+        (("--warmup", "5"), "unknown option --warmup"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_nothing_written(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
+) -> None:
+    assert expected in error_line(capsys, "--model", "resnet8_cifar", *arguments)
+    assert not list(in_tmp.iterdir())
+
+
+def test_a_diverging_run_stops(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*options("Proxy_Anchor", "live"), "--optimizer", "sgd", "--lr", "1e20", "--clip-value", "0"]
+    with pytest.raises(TrainingError, match=r"non-finite .* at step \d+, learning rate 1e\+20.*last\.pt"):
+        train_dml.main([*arguments, "--max-steps", "20", "--output-dir", str(run)])
+    state = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert not (run / "results.json").exists()
+
+
+def test_all_gpus_are_taken_through_torchrun(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    """Where torch reports several GPUs, the command replaces itself by torchrun with a process for each."""
+    started: list[list[str]] = []
+
+    class Replaced(Exception):
+        pass
+
+    def execv(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise Replaced
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("os.execv", execv)
+    command = ["--gpu", "-1", "--loss", "Proxy_Anchor", "--batch-size", "120"]
+    with pytest.raises(Replaced):
+        train_dml.main(command)
+    assert "--nproc-per-node=4" in started[0]
+    assert started[0][-len(command) - 1 :] == [str(ROOT / "train_dml.py"), *command]
+    with pytest.raises(UserError, match="does not divide by 4 GPUs"):
+        train_dml.main(["--gpu", "-1", "--batch-size", "121"])
+
+
+def test_print_config_trains_nothing(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_dml.main(["--print-config", "--ism", "off", "--lr", "0.3"]) is None
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["ism"], printed["mix"], printed["lr"]) == ("off", "none", 0.3)
+    assert not list(in_tmp.iterdir())
+
+
+def test_the_script_as_a_program(in_tmp: Path) -> None:
+    command = [sys.executable, str(ROOT / "train_dml.py")]
+    bad = subprocess.run([*command, "--epoch", "3"], capture_output=True, text=True, timeout=120)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: unknown option --epoch; did you mean epochs")
+    assert bad.stderr.count("\n") == 1
+    good = subprocess.run(
+        [*command, *options("MS", "live"), "--max-steps", "2"], capture_output=True, text=True, timeout=300
+    )
+    assert good.returncode == 0, good.stderr
+    assert "Traceback" not in good.stderr and "it/s" not in good.stderr
+    assert len(list((in_tmp / "runs").iterdir())) == 1

@@ -1,0 +1,415 @@
+"""Train an embedding for retrieval that knows what it does not know: eight losses, each plain and introspective.
+
+    python train_dml.py --loss Proxy_Anchor --ism live           emoji of six vendors inside the package
+    python train_dml.py --dataset folder --data-dir photos --pretrained --loss MS --IPC 4
+    python train_dml.py --config configs/cub/idml_proxy_anchor.yaml --data-dir data
+    torchrun --nproc-per-node 4 train_dml.py --config configs/sop/idml_proxy_anchor.yaml --data-dir data
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_dml.py --config ...
+    python train_dml.py --gpu -1 ...                             all visible GPUs, without writing torchrun
+    python train_dml.py --eval-only --checkpoint runs/NAME/checkpoints/last.pt
+
+Any key of a config file is also a flag, and a flag wins. Results go to a new folder under runs/.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from augment import (
+    MixedBatch,
+    apply_crop,
+    apply_cutmix,
+    apply_flip,
+    apply_mixup,
+    normalise,
+    sample_crop,
+    sample_cutmix,
+    sample_flip,
+    sample_mixup,
+)
+from idml import distributed
+from idml.backbones import create_backbone
+from idml.checkpoint import load_weights, read_checkpoint
+from idml.config import dump_config
+from idml.config_dml import DmlConfig, parse_dml_config
+from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
+from idml.data.retrieval_data import RetrievalData
+from idml.data.retrieval_datasets import read_retrieval_data
+from idml.errors import TrainingError, UserError, run_main
+from idml.losses import MetricLoss, scale_uncertainty_head
+from idml.models import EmbedderOutput, IntrospectiveEmbedder
+from idml.optim import build_dml_optimizer, build_dml_schedule
+from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
+from idml.retrieval_evaluation import embed, search
+from idml.run import Run, default_run_directory, hardware
+from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.state import TrainingState
+
+PROBE_IMAGES = 120
+"""Training images on which the ISM weight is measured: before training, to scale the head, and after every epoch."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
+    warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config, print_config = parse_dml_config(arguments, description=__doc__)
+    if print_config:
+        print(dump_config(config), end="")
+        return None
+    use_gpus(config, arguments)
+
+    # Whatever a user's mistake can break comes before the run directory is made.
+    device = choose_device(config.device)
+    distributed.setup(device.type)
+    seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
+    data = read_retrieval_data(config)
+    model = build_model(config)
+    loss = build_loss(config, len(data.train.classes))
+    model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    loss = loss.to(device)
+    loaders = build_dml_loaders(data, config, pin_memory=device.type == "cuda")
+    if config.eval_only:
+        results = evaluate_checkpoint(config, data, model, loaders)
+    else:
+        name = f"{config.dataset}-{config.loss}-{config.ism}-s{config.seed}{config.remark and '-' + config.remark}"
+        run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
+        gallery = "" if data.gallery is None else f", a gallery of {len(data.gallery)},"
+        sampling = (
+            "random" if config.IPC is None else f"{config.IPC} images of each of {config.batch_size // config.IPC}"
+        )
+        say(
+            f"{config.loss} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: "
+            f"{len(data.train)} training images of {len(data.train.classes)} classes and {len(data.test)} test images"
+            f"{gallery} of {len(data.test.classes)} others; {len(loaders.train)} steps an epoch ({sampling} classes a "
+            f"batch); {distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
+        )
+        results = train(config, data, model, loss, loaders, run)
+    distributed.shutdown()
+    return results
+
+
+def use_gpus(config: DmlConfig, arguments: Sequence[str]) -> None:
+    """What ``--gpu`` says: one GPU, or this very command again under torchrun, a process for each visible GPU."""
+    if config.gpu is None or config.device == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if config.gpu >= 0:
+        if config.gpu >= max(count, 1):
+            raise UserError(f"--gpu {config.gpu}: torch sees {count} GPUs, numbered from 0; -1 takes all of them")
+        if count:
+            torch.cuda.set_device(config.gpu)
+    if count == 0:
+        say(f"--gpu {config.gpu}: there is no GPU here; training on the CPU")
+    if config.gpu == -1 and count > 1 and "WORLD_SIZE" not in os.environ:
+        if config.batch_size % count:
+            raise UserError(f"--batch-size {config.batch_size} (over all GPUs) does not divide by {count} GPUs")
+        print(f"--gpu -1: starting {count} processes through torchrun, one a GPU", flush=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *arguments])
+
+
+def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
+    """The network of a config, with the weights that it starts from."""
+    pairs = (argument.split("=", 1) for argument in config.model_kwargs or [])
+    backbone = create_backbone(
+        config.model,
+        image_size=config.image_size,
+        pretrained=config.pretrained == "timm",
+        arguments={name.strip(): yaml.safe_load(value) for name, value in pairs},
+    )
+    if config.pretrained not in (None, "timm"):
+        load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
+    return IntrospectiveEmbedder(
+        backbone, config.embedding_size, config.uncertainty_dim, config.pool, config.ism, l2_norm=bool(config.l2_norm)
+    )
+
+
+def build_loss(config: DmlConfig, num_classes: int) -> MetricLoss:
+    """The loss of a config."""
+    return MetricLoss(
+        config.loss,
+        num_classes,
+        config.embedding_size,
+        ism=config.ism,
+        temperature=config.temperature,
+        margin=config.mrg,
+        scale=config.alpha,
+        proxy_norm=config.proxy_norm,
+    )
+
+
+def train(
+    config: DmlConfig,
+    data: RetrievalData,
+    model: IntrospectiveEmbedder,
+    loss: MetricLoss,
+    loaders: DmlLoaders,
+    run: Run,
+) -> dict[str, Any]:
+    """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds."""
+    device = next(model.parameters()).device
+    steps_per_epoch = len(loaders.train)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    if config.bn_freeze:
+        freeze_batch_norm(model)
+    probe = probe_images(data, loaders, device)
+    weight = scale_uncertainty_head(model, loss, probe)
+    say("" if config.ism == "off" else f"mean ISM weight before training {weight:.3f}")
+    optimizer = build_dml_optimizer(model, loss, config)
+    state = TrainingState(
+        model=model,
+        network=model,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=build_dml_schedule(optimizer, config, steps_per_epoch=steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        # The same on every rank: each draws for the whole batch and takes its own share.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    distributed.copy_from_main([*model.parameters(), *loss.parameters()])
+    backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+    run.save_checkpoint("last", state, data)
+    while state.step < total_steps:
+        if state.epoch in (0, config.warm):
+            for parameter in backbone:
+                parameter.requires_grad_(state.epoch >= config.warm)
+            state.network = wrap(model, config)
+        started, first_step = time.perf_counter(), state.step
+        train_loss = train_epoch(state, loaders, config, data, run, total_steps)
+        seconds = time.perf_counter() - started
+        images_seen = sum(loaders.train.global_sizes()[: state.step - first_step])
+        state.epoch += 1
+
+        distributed.copy_from_main(model.buffers())  # batch norm's running figures differ by rank
+        last = state.step >= total_steps
+        metrics = {"epoch": state.epoch, "step": state.step, "lr": state.learning_rate, "train_loss": train_loss}
+        metrics |= {"images_per_second": round(images_seen / seconds, 1), "seconds": round(seconds, 2)}
+        if last or state.epoch % config.eval_every == 0:
+            tested = embed(model, loaders.test, data.preprocessing, config.precision)
+            gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
+            check_finite("test embedding", [tested.semantic.abs().max()], [metrics["lr"]], state.step - 1, run)
+            found = search(tested, gallery, data, config, device, last=last)
+            metrics |= found.metrics
+            if config.ism != "off":
+                metrics["uncertainty_test"] = tested.uncertainty.mean().item()
+                metrics["ism_weight"] = loss.ism_weight(embed_probe(model, probe))
+            is_best = run.log_epoch(metrics, pick_by="R@1")
+            if is_best:
+                run.save_checkpoint("best", state, data)
+            if last:
+                draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
+                draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
+                log_projector(run, tested, loaders, data, state.epoch)
+        say(epoch_line(metrics))
+        run.save_checkpoint("last", state, data)
+    return run.finish(picked_on="test set", loss=config.loss, ism=config.ism, mix=config.mix)
+
+
+class Parts(nn.Module):
+    """The network for one or more batches of images: in one forward pass where no batch norm would mix them up.
+
+    One call, so that under DDP the gradients of all parts are averaged once.
+    """
+
+    def __init__(self, model: IntrospectiveEmbedder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *parts: Tensor) -> list[EmbedderOutput]:
+        """An output for each part."""
+        batch_norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if len(parts) == 1 or any(module.training for module in batch_norms):
+            return [self.model(images) for images in parts]
+        output = self.model(torch.cat(parts))
+        sizes = [len(images) for images in parts]
+        return [EmbedderOutput(*columns) for columns in zip(*(column.split(sizes) for column in output), strict=True)]
+
+
+def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
+    """What is called in training: the model compiled and distributed, as far as asked for."""
+    network: nn.Module = Parts(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+    if distributed.world_size() > 1:
+        device = next(model.parameters()).device
+        # Buffers are copied from rank 0 before each evaluation.
+        network = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    return network
+
+
+def train_epoch(
+    state: TrainingState, loaders: DmlLoaders, config: DmlConfig, data: RetrievalData, run: Run, total_steps: int
+) -> float:
+    """One pass over the training images, ending early at ``total_steps``; returns the mean loss of its steps."""
+    state.network.train()
+    if config.bn_freeze:
+        freeze_batch_norm(state.model)
+    device = next(state.model.parameters()).device
+    losses: list[Tensor] = []
+    rates: list[float] = []
+    checked, first_step = 0, state.step
+    quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
+    loader = loaders.train
+    progress = tqdm(loader.epoch(state.epoch), f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet)
+    for (images, labels), global_size in zip(progress, loader.global_sizes(), strict=True):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = augment(images, config, data, state.generator, global_size)
+        batch = mix(images, labels, config, state.generator, global_size)
+        rates.append(state.learning_rate)
+        losses.append(step(state, images, batch, config, global_size))
+        # Reading the loss makes a GPU wait, so it is done now and then.
+        if device.type == "cpu" or state.step % config.log_every == 0:
+            check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+            checked = len(losses)
+        if state.step % config.log_every == 0:
+            run.log_scalar("step/loss", losses[-1].item(), state.step)
+            run.log_scalar("step/lr", rates[-1], state.step)
+            progress.set_postfix(loss=f"{losses[-1].item():.3f}")
+        if state.step == total_steps:
+            break
+    check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+    return torch.stack(losses).mean().item()
+
+
+def step(state: TrainingState, images: Tensor, batch: MixedBatch, config: DmlConfig, global_size: int) -> Tensor:
+    """One optimizer step on this rank's share of a batch of ``global_size`` images.
+
+    The loss is that of the whole batch, on every rank alike: ``loss(images)``, and with mixing ``+ lam loss(mixed, own
+    labels) + (1 - lam) loss(mixed, partners' labels)``, as released.
+
+    Returns:
+        The loss of the whole batch, 0-d, on the device; the same on every rank.
+    """
+    loss_of, device = state.loss, images.device
+    assert isinstance(loss_of, MetricLoss)
+    mixed = batch.labels_b is not batch.labels_a
+    state.optimizer.zero_grad(set_to_none=True)
+    with autocast(device, config.precision):
+        outputs = state.network(*([images, batch.images] if mixed else [images]))
+    embeddings = [distributed.gather_batch(output.joint(), global_size) for output in outputs]
+    labels, partners = (distributed.gather_batch(labels, global_size) for labels in (batch.labels_a, batch.labels_b))
+    # Miners draw at random: the same on every rank, whatever else has been drawn.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed * 1_000_003 + state.step)
+        loss = loss_of(embeddings[0], labels)
+        if mixed:
+            loss = (
+                loss + batch.lam * loss_of(embeddings[1], labels) + (1 - batch.lam) * loss_of(embeddings[1], partners)
+            )
+    state.scaler.scale(loss).backward()
+    distributed.average_gradients(loss_of.parameters())
+    if config.clip_value:
+        state.scaler.unscale_(state.optimizer)
+        trained = [*state.model.parameters(), *loss_of.parameters()]
+        nn.utils.clip_grad_value_([p for p in trained if p.grad is not None], config.clip_value)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    state.step += 1
+    return loss.detach()
+
+
+def augment(
+    images: Tensor, config: DmlConfig, data: RetrievalData, generator: torch.Generator, global_size: int
+) -> Tensor:
+    """A training batch from the loader's bytes: crop, flip, normalise; on the images' device.
+
+    Args:
+        images: (b, 3, S, S) uint8, this rank's share of the batch.
+        generator: CPU generator, in the same state on every rank: it draws for the whole batch.
+        global_size: images of the whole batch.
+    """
+    own = slice(distributed.rank(), None, distributed.world_size())
+    if data.crop_padding:
+        offsets = sample_crop(global_size, padding=data.crop_padding, generator=generator)[own]
+        images = apply_crop(images, offsets, padding=data.crop_padding, fill=data.crop_fill)
+    if data.flip:
+        images = apply_flip(images, sample_flip(global_size, generator=generator)[own])
+    images = normalise(images, data.preprocessing.mean, data.preprocessing.std)
+    return images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
+
+
+def mix(images: Tensor, labels: Tensor, config: DmlConfig, generator: torch.Generator, global_size: int) -> MixedBatch:
+    """The batch mixed as the config says; lam (and the box) are the same on every rank, partners of its own share."""
+    if config.mix == "none":
+        return apply_mixup(images, labels, None)
+    seed = int(torch.randint(2**31, (), generator=generator)) + distributed.rank()
+    permutation = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    if config.mix == "cutmix":
+        size = (images.shape[2], images.shape[3])
+        box = sample_cutmix(global_size, size, alpha=config.mix_alpha, generator=generator)
+        assert box is not None
+        return apply_cutmix(images, labels, box._replace(permutation=permutation))
+    draw = sample_mixup(global_size, alpha=config.mix_alpha, generator=generator)
+    assert draw is not None
+    return apply_mixup(images, labels, draw._replace(permutation=permutation))
+
+
+def probe_images(data: RetrievalData, loaders: DmlLoaders, device: torch.device) -> Tensor:
+    """Training images spread over the data set, as evaluation sees them, normalised; the same on every rank."""
+    chosen = np.linspace(0, len(data.train) - 1, min(PROBE_IMAGES, len(data.train)), dtype=int)
+    images = loaders.train.images_at(chosen.tolist()).to(device)
+    return normalise(images, data.preprocessing.mean, data.preprocessing.std)
+
+
+@torch.no_grad()
+def embed_probe(model: IntrospectiveEmbedder, probe: Tensor) -> Tensor:
+    """[semantic | uncertainty] of the probe images, in evaluation mode, in which the model is left."""
+    return model.eval()(probe).joint()
+
+
+def check_finite(what: str, values: Sequence[Tensor], rates: Sequence[float], first_step: int, run: Run) -> None:
+    """TrainingError at the first value that is infinite or not a number, with its step and learning rate."""
+    for offset, value in enumerate(values):
+        if not math.isfinite(float(value)):
+            raise TrainingError(
+                f"non-finite {what} ({float(value)}) at step {first_step + offset + 1}, learning rate "
+                f"{rates[offset]:.3g}; the last finite checkpoint is {run.last_checkpoint}. Try a lower --lr, or "
+                "--precision bf16 in place of fp16"
+            )
+
+
+def evaluate_checkpoint(
+    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders
+) -> dict[str, Any]:
+    """The figures of a stored model on the test images, beside the checkpoint's run."""
+    assert config.checkpoint is not None
+    try:
+        model.load_state_dict(read_checkpoint(config.checkpoint)["model"])
+    except RuntimeError as error:
+        raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
+    tested = embed(model, loaders.test, data.preprocessing, config.precision)
+    gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
+    found = search(tested, gallery, data, config, next(model.parameters()).device, last=True)
+    default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
+    directory = Path(config.output_dir) if config.output_dir else default
+    if distributed.is_main():
+        write_retrieval(directory, found, tested, loaders, data, ism_on=config.ism != "off")
+    say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items()))
+    say(f"figures and pictures in {directory}")
+    return found.metrics
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if text and distributed.is_main():
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
