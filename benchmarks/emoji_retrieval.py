@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ COLUMNS = {
 
 
 def train(variant: str, seed: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run of the training script; its results."""
+    """One run of the training script, or what an earlier call in the same ``--runs`` folder left; its results."""
     directory = folder / f"{variant.replace(', ', '-').replace(' ', '-')}-s{seed}"
     command = [sys.executable, str(ROOT / "train_dml.py"), "--config", str(ROOT / "configs/quick/emoji.yaml")]
     command += [
@@ -61,6 +62,9 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, folder: Path) 
         command += ["--dataset", "emoji-mini", "--max-steps", "4"]
     else:
         command += ["--data-dir", arguments.data_dir]
+    if (directory / "results.json").exists():
+        return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    shutil.rmtree(directory, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -24,14 +24,30 @@ def main():
     for loss in sys.argv[1].split(","):
         for ism in ("off", "live"):
             pairs = ["--IPC", "4"] if loss not in ("Proxy_Anchor", "Proxy_NCA") else []
-            train_dml.main([*sys.argv[3:], *pairs, "--loss", loss, "--ism", ism,
+            rate = ["--lr", "2e-5"] if loss == "Proxy_NCA" else []  # its scale of 32 amplifies rounding, too
+            train_dml.main([*sys.argv[3:], *pairs, *rate, "--loss", loss, "--ism", ism,
                             "--output-dir", f"{sys.argv[2]}/{loss}-{ism}"])
     leave()
 run_main(main)
 """
-# Batch norm is frozen since torch synchronises it on GPUs only; images are mixed within each process's share only.
+# Batch norm is frozen since torch synchronises it on GPUs only; images are mixed within each process's share only. SGD,
+# because AdamW would hide a gradient of the wrong scale; a rate at which rounding is not amplified from step to step.
 OPTIONS = ["--model", "resnet8_cifar", "--image-size", "16", "--embedding-size", "32", "--batch-size", "40"]
-OPTIONS += ["--mix", "none", "--warm", "0", "--lr", "1e-3", "--no-nmi", "--max-steps", "20", "--log-every", "1"]
+OPTIONS += [
+    "--mix",
+    "none",
+    "--warm",
+    "0",
+    "--optimizer",
+    "sgd",
+    "--lr",
+    "1e-4",
+    "--no-nmi",
+    "--max-steps",
+    "20",
+    "--log-every",
+    "1",
+]
 OPTIONS += ["--threads", "1", "--no-verbose"]
 
 
@@ -55,7 +71,7 @@ def test_two_processes_train_what_one_trains(runs: dict[str, Path], loss: str, i
         states[name] = torch.load(base / f"{loss}-{ism}" / "checkpoints/last.pt", weights_only=True)
     for part in ("loss", "model"):
         for key, value in states["one"][part].items():
-            torch.testing.assert_close(states["two"][part][key], value, rtol=1e-4, atol=1e-5, msg=f"{part} {key}")
+            torch.testing.assert_close(states["two"][part][key], value, rtol=1e-5, atol=1e-5, msg=f"{part} {key}")
     curves = [[e.value for e in read_tensorboard(b / f"{loss}-{ism}").Scalars("step/loss")] for b in runs.values()]
     assert len(curves[0]) == 20
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
