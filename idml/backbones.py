@@ -75,9 +75,12 @@ def infer_map_dim(backbone: nn.Module) -> int:
     """
     if not hasattr(backbone, "forward_features") or not isinstance(backbone.num_features, int):
         return _try_out(backbone, dimensions=(2, 4))
+    behind = ["head", "fc_norm", "attn_pool", "pre_logits", "fc", "classifier"]
     if getattr(backbone, "head_hidden_size", backbone.num_features) != backbone.num_features:
-        for name in ("conv_head", "norm_head", "head"):
-            for parameter in getattr(backbone, name, nn.Identity()).parameters():
+        behind += ["conv_head", "norm_head"]  # elsewhere, as in an EfficientNet, they come before the map
+    for module in (getattr(backbone, name, None) for name in behind):
+        if isinstance(module, nn.Module):
+            for parameter in module.parameters():
                 parameter.requires_grad_(False)
     return backbone.num_features
 

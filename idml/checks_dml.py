@@ -73,7 +73,9 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
     settings = LOSSES[config.loss]
     unused: dict[str, str] = {}
     if config.ism == "off":
-        unused |= dict.fromkeys(("temperature", "uncertainty_dim"), "ism is off")
+        unused["temperature"] = "ism is off"
+        if config.uncertainty_dim != config.embedding_size:  # what a saved config has for "as the semantic one"
+            unused["uncertainty_dim"] = "ism is off"
     if config.mix == "none":
         unused["mix_alpha"] = "nothing is mixed"
     if settings.scale is None:
@@ -82,7 +84,7 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused["mrg"] = f"{config.loss} has no margin"
     if config.loss not in ("Proxy_Anchor", "Proxy_NCA"):
         unused["proxy_norm"] = f"{config.loss} has no proxies"
-    if config.loss not in ("Proxy_Anchor", "Proxy_NCA", "Margin"):
+    if config.loss not in ("Proxy_Anchor", "Proxy_NCA", "Margin") and config.loss_lr_factor != settings.lr_factor:
         unused["loss_lr_factor"] = f"{config.loss} has no parameters"
     if config.dataset in IN_PACKAGE:
         unused["data_dir"] = f"dataset {config.dataset} comes with an installed package"

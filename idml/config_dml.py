@@ -80,7 +80,9 @@ class DmlConfig:
         10.0, "gradients are clipped to plus or minus this; 10 in the released trainer; 0: never"
     )
     warm: int = option(1, "first epochs that train heads and loss parameters only")
-    bn_freeze: int = option(1, "1: keep batch norm in evaluation mode, its scale and shift fixed")
+    bn_freeze: int | None = option(
+        None, "1: keep batch norm in evaluation mode, its scale and shift fixed; default 1 with --pretrained, else 0"
+    )
 
     ks: list[int] | None = option(
         None, "the K of R@K; default 1 10 100 1000 for SOP, 1 10 20 30 40 50 In-Shop, 1 2 4 8"
@@ -156,6 +158,8 @@ def _resolve(config: DmlConfig) -> None:
     settings = LOSSES[config.loss]
     if config.uncertainty_dim is None:
         config.uncertainty_dim = config.embedding_size
+    if config.bn_freeze is None:  # frozen at its initial figures, batch norm would not normalise anything
+        config.bn_freeze = int(config.pretrained is not None)
     if config.mrg is None:
         config.mrg = settings.margin
     if config.alpha is None:

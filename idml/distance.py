@@ -16,7 +16,7 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Lp
 from torch import Tensor
 from torch.nn import functional
 
-from idml.similarity import TEMPERATURE, introspective_similarity, introspective_weight
+from idml.similarity import TEMPERATURE, introspective_exponent, introspective_similarity, introspective_weight
 
 DistanceVariant = Literal["released", "live"]
 DistanceForm = Literal["similarity", "distance"]
@@ -90,9 +90,13 @@ class IntrospectiveDistance(BaseDistance):
 
     def weights(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D[+E]) and (N, D[+E]) -> (B, N) ISM weights in [0, 1]; 1 where a comparison counts in full."""
+        return self.exponents(query_emb, ref_emb).neg().exp()
+
+    def exponents(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D[+E]) and (N, D[+E]) -> (B, N) exponents x >= 0 of the weights exp(-x), also where those round to 1."""
         with torch.autocast(query_emb.device.type, enabled=False):
             alpha, beta = self._alpha_beta(self._split(query_emb), self._split(ref_emb), row_by_row=False)[1:]
-            return introspective_weight(alpha, beta, temperature=self.temperature, offset=self.offset)
+            return introspective_exponent(alpha, beta, temperature=self.temperature, offset=self.offset)
 
     def _compare(self, query_emb: Tensor, ref_emb: Tensor, *, row_by_row: bool) -> Tensor:
         with torch.autocast(query_emb.device.type, enabled=False):

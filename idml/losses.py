@@ -200,14 +200,14 @@ class MetricLoss(nn.Module):
     @torch.no_grad()
     def ism_weight(self, embeddings: Tensor) -> float:
         """Mean ISM weight of the comparisons that the loss would make: images with proxies, or with one another."""
-        return 1.0 if self.ism == "off" else self._weights(embeddings).mean().item()
+        return 1.0 if self.ism == "off" else self._exponents(embeddings).neg().exp().mean().item()
 
-    def _weights(self, embeddings: Tensor) -> Tensor:
+    def _exponents(self, embeddings: Tensor) -> Tensor:
         assert isinstance(self.distance, IntrospectiveDistance)
         if self.proxies is not None:
-            return self.distance.weights(embeddings, self.proxies)
-        weights = self.distance.weights(embeddings, embeddings)
-        return weights[~torch.eye(len(weights), dtype=torch.bool, device=weights.device)]
+            return self.distance.exponents(embeddings, self.proxies.to(embeddings))
+        exponents = self.distance.exponents(embeddings, embeddings)
+        return exponents[~torch.eye(len(exponents), dtype=torch.bool, device=exponents.device)]
 
 
 @torch.no_grad()
@@ -231,11 +231,10 @@ def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, image
     model.eval()
     if model.ism == "live":
         assert model.uncertainty_head is not None
-        exponent = math.inf
-        while math.isinf(exponent):  # where a weight is too small for a float, a smaller head is looked at first
-            exponent = -loss._weights(model(images).joint()).double().log().mean().item()
-            factor = 0.1 if math.isinf(exponent) else math.sqrt(INITIAL_EXPONENT / max(exponent, 1e-12))
-            model.uncertainty_head.weight.mul_(factor)
+        # In float64, and not from the weights: those of a very small head are rounded to 1.
+        exponent = loss._exponents(model(images).joint().cpu().double()).mean().item()
+        if exponent > 0:  # else there is nothing to compare, or nothing in the features
+            model.uncertainty_head.weight.mul_(math.sqrt(INITIAL_EXPONENT / exponent))
     weight = loss.ism_weight(model(images).joint())
     model.train(was_training)
     return weight

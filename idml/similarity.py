@@ -75,6 +75,19 @@ def introspective_weight(
         return torch.exp(_exponent(sq_distance, sq_uncertainty, temperature, offset))
 
 
+def introspective_exponent(
+    sq_distance: Tensor, sq_uncertainty: Tensor, *, temperature: float = TEMPERATURE, offset: float = 0.0
+) -> Tensor:
+    """``(beta + offset) / (tau * alpha)`` >= 0 of each pair, of which ``introspective_weight`` is exp(-x).
+
+    It tells small uncertainties apart that all have a weight of 1 in floating point. Arguments and errors are those of
+    ``introspective_weight``.
+    """
+    with torch.autocast(sq_distance.device.type, enabled=False):
+        sq_distance, sq_uncertainty = _full_precision(sq_distance, sq_uncertainty)
+        return -_exponent(sq_distance, sq_uncertainty, temperature, offset)
+
+
 def introspective_similarity(
     similarity: Tensor,
     sq_distance: Tensor,

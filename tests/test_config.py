@@ -174,7 +174,8 @@ def test_an_option_without_effect_warns(arguments: tuple[str, ...], option: str)
 
 def test_every_config_file_parses_without_a_warning() -> None:
     files = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
-    assert files
+    files = [file for file in files if "\nmethod:" in file.read_text(encoding="utf-8")]  # the others are train_dml's
+    assert len(files) >= 22
     for file in files:
         config = parse("--config", str(file))
         given = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -77,6 +77,23 @@ def test_crop_moves_every_pixel_by_its_offset(
         assert np.array_equal(window, image[:, top : top + height, left : left + width])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [0, 128, 255])
+def test_the_padding_has_the_colour_asked_for(fashion: Fashion, dtype: torch.dtype, fill: int) -> None:
+    images = real_images(fashion, 6, 20).to(dtype)
+    offsets = sample_crop(6, padding=3, generator=generator())
+    cropped = apply_crop(images, offsets, padding=3, fill=fill)
+    expected = [
+        reference.crop(reference.pad(image, [3], fill=fill), top, left, 20, 28)
+        for image, (top, left) in zip(images, offsets.tolist(), strict=True)
+    ]
+    assert cropped.dtype == dtype
+    assert torch.equal(cropped, torch.stack(expected))
+    corner = apply_crop(images, torch.zeros(6, 2, dtype=torch.int64), padding=3, fill=fill)
+    assert (corner[:, :, :3] == fill).all() and (corner[:, :, :, :3] == fill).all()
+    assert torch.equal(corner[:, :, 3:, 3:], images[:, :, :-3, :-3])
+
+
 @pytest.mark.parametrize("padding", [0, 4])
 def test_the_middle_window_is_the_image(fashion: Fashion, padding: int) -> None:
     images = real_images(fashion, 5)

@@ -174,6 +174,27 @@ def test_other_ranks_wait_for_rank_0(
     np.testing.assert_array_equal(np.sort(seen), np.arange(36))
 
 
+@pytest.mark.usefixtures("_ffcv")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_class_balanced_batches_are_the_same_through_both_loaders(folder: ImageDataset, world_size: int) -> None:
+    arguments = ARGUMENTS | {"batch_size": 12, "train": True, "per_class": 4, "seed": 3, "verbose": False}
+    for rank in range(world_size):
+        ours, theirs = (
+            build_loader(folder, loader=name, rank=rank, world_size=world_size, **arguments)
+            for name in ("torch", "ffcv")
+        )
+        assert len(ours) == len(theirs) == 3
+        assert ours.global_sizes() == theirs.global_sizes() == [12, 12, 12]
+        for epoch in (0, 1):
+            for (a, a_labels), (b, b_labels), indices in zip(
+                ours.epoch(epoch), theirs.epoch(epoch), ours.batches(epoch), strict=True
+            ):
+                assert a_labels.tolist() == b_labels.tolist() == folder.labels[indices].tolist()
+                assert torch.equal(a, b)
+                if world_size == 1:
+                    assert a_labels.bincount().tolist() == [4, 4, 4]
+
+
 def test_where_files_go(
     folder: ImageDataset, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

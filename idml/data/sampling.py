@@ -80,20 +80,28 @@ def balanced_batches(
     image_queues: list[np.ndarray] = [np.zeros(0, np.int64)] * len(members)
     batches = []
     for _ in range(num_balanced_batches(len(labels), batch_size)):
-        if len(class_queue) < classes:
-            fresh = generator.permutation(len(members))
-            class_queue = np.concatenate([class_queue, fresh[~np.isin(fresh, class_queue)]])
+        class_queue = _refill(class_queue, np.arange(len(members)), classes, generator)
         chosen, class_queue = class_queue[:classes], class_queue[classes:]
         batch = []
         for label in chosen:
             own, queue = members[label], image_queues[label]
-            while len(queue) < per_class:
-                fresh = generator.permutation(own)
-                queue = np.concatenate([queue, fresh[~np.isin(fresh, queue)] if len(queue) < len(own) else fresh])
+            queue = _refill(queue, own, per_class, generator)
             batch.append(queue[:per_class])
             image_queues[label] = queue[per_class:]
         batches.append(np.concatenate(batch)[rank::world_size])
     return batches
+
+
+def _refill(queue: np.ndarray, items: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """The queue with whole permutations of ``items`` behind it until it has ``count``: everything comes in turn.
+
+    Items that still wait are kept out of the places that are taken next, so that none comes twice in a batch.
+    """
+    while len(queue) < count:
+        fresh = generator.permutation(items)
+        ahead = fresh[~np.isin(fresh, queue)][: count - len(queue)]
+        queue = np.concatenate([queue, ahead, fresh[~np.isin(fresh, ahead)]])
+    return queue
 
 
 def num_balanced_batches(num_samples: int, batch_size: int) -> int:

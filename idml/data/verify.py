@@ -109,9 +109,9 @@ def _verify_listing(listing: Listing, config: VerifyConfig) -> list[str]:
 def _verify_emoji(name: str, config: VerifyConfig) -> list[str]:
     """Print the report of the emoji, which their own reader finds; what is wrong, in words."""
     from idml.config_dml import DmlConfig
-    from idml.data import emoji
+    from idml.data.emoji import read_emoji, read_emoji_mini
 
-    read: Callable[[DmlConfig], RetrievalData] = emoji.read_emoji_mini if name == "emoji-mini" else emoji.read_emoji
+    read: Callable[[DmlConfig], RetrievalData] = read_emoji_mini if name == "emoji-mini" else read_emoji
     data = read(build_config(DmlConfig, {"dataset": name, "data_dir": config.data_dir}))
     _print_item("data set", name)
     splits = {"train": data.train, "test" if data.gallery is None else "query": data.test}
