@@ -1,6 +1,6 @@
 """Train an embedding for retrieval that knows what it does not know: eight losses, each plain and introspective.
 
-    python train_dml.py --loss Proxy_Anchor --ism live           emoji of six vendors inside the package
+    python train_dml.py --config configs/quick/emoji_mini.yaml --ism live     emoji of six vendors inside the package
     python train_dml.py --dataset folder --data-dir photos --pretrained --loss MS --IPC 4
     python train_dml.py --config configs/cub/idml_proxy_anchor.yaml --data-dir data
     torchrun --nproc-per-node 4 train_dml.py --config configs/sop/idml_proxy_anchor.yaml --data-dir data

@@ -44,7 +44,7 @@ def test_defaults_are_the_released_trainers() -> None:
     config = parse()
     assert {name: getattr(config, name) for name in RELEASED} == RELEASED
     assert {name: getattr(config, name) for name in OURS} == OURS
-    # Released networks start from ImageNet weights, with batch norm frozen; one that does not must have its own figures.
+    # Released networks start from ImageNet weights, batch norm frozen; one that does not must have its own figures.
     assert parse("--pretrained").bn_freeze == 1
     assert parse("--pretrained", "weights.pth").bn_freeze == 1
 
