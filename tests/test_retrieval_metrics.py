@@ -127,6 +127,18 @@ def test_the_family_is_left_out() -> None:
     assert without == {"R@1": 0.0, "P@1": 0.0, "RP": 0.0, "MAP@R": 0.0}
 
 
+def test_a_query_that_can_find_fewer_than_its_chunk_searches_for() -> None:
+    """Items 0..29 are one family, so they find 10 items; the others find 39, and all are searched in one chunk."""
+    embeddings = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    families = torch.arange(40).clamp(min=29)
+    search = retrieval.prepare(embeddings, None, families, None)
+    ((rows, indices, similarities),) = retrieval.neighbours_in_chunks(search, torch.full((40,), 39), 1 << 28)
+    assert indices.max() < 40
+    assert similarities.isfinite().sum(1)[rows.argsort()].tolist() == [10] * 30 + [39] * 10
+    found = retrieval_metrics(embeddings, torch.zeros(40, dtype=torch.long), families=families, nmi=False)
+    assert found["RP"] == found["MAP@R"] == 1
+
+
 def test_without_any_reference_means_are_nan() -> None:
     found = retrieval_metrics(on_a_circle(0, 10, 20), torch.arange(3), ks=(1, 2))
     assert found["R@1"] == found["R@2"] == 0
