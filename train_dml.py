@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -44,7 +43,7 @@ from augment import (
 from idml import distributed
 from idml.backbones import create_backbone
 from idml.checkpoint import load_weights, read_checkpoint
-from idml.config import dump_config
+from idml.config import dump_config, parse_name_values
 from idml.config_dml import DmlConfig, parse_dml_config
 from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
 from idml.data.retrieval_data import RetrievalData
@@ -125,12 +124,11 @@ def use_gpus(config: DmlConfig, arguments: Sequence[str]) -> None:
 
 def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
     """The network of a config, with the weights that it starts from."""
-    pairs = (argument.split("=", 1) for argument in config.model_kwargs or [])
     backbone = create_backbone(
         config.model,
         image_size=config.image_size,
         pretrained=config.pretrained == "timm",
-        arguments={name.strip(): yaml.safe_load(value) for name, value in pairs},
+        arguments=parse_name_values(config.model_kwargs),
     )
     if config.pretrained not in (None, "timm"):
         load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())

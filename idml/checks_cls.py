@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
+from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import world_size
 from idml.errors import UserError
 
@@ -42,15 +43,8 @@ def check_ranges(config: ClsConfig) -> None:
         "color_jitter": (0, 1),
         "lighting": (0, math.inf),
     }
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise UserError(f"--{name.replace('_', '-')}: expected a value {expected}, got {value}")
-    for name in ("lr", "mix_alpha", "temperature"):
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    check_within(config, ranges)
+    check_positive(config, ("lr", "mix_alpha", "temperature"))
     if any(not 1 <= milestone <= config.epochs for milestone in config.lr_milestones or []):
         raise UserError(f"--lr-milestones: expected epochs between 1 and {config.epochs}, got {config.lr_milestones}")
 
@@ -60,9 +54,7 @@ def check_ranges(config: ClsConfig) -> None:
         raise UserError(f"--progressive: expected two sizes, 32 <= first <= last, got {config.progressive}")
     if config.progressive is not None and config.dataset not in ("imagenet", "folder"):
         raise UserError(f"--progressive is for image files; dataset {config.dataset} is small")
-    for argument in config.model_kwargs or []:
-        if "=" not in argument:
-            raise UserError(f"--model-kwargs: expected name=value, got {argument!r}")
+    check_name_values("model-kwargs", config.model_kwargs)
     check_processes(config)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
+from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import is_main
 from idml.errors import UserError
 
@@ -46,24 +47,15 @@ def check_ranges(config: DmlConfig) -> None:
         "threads": (1, math.inf),
         "log_every": (1, math.inf),
     }
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise UserError(f"--{name.replace('_', '-')}: expected a value {expected}, got {value}")
-    for name in ("lr", "mix_alpha", "temperature", "alpha", "proxy_norm"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    check_within(config, ranges)
+    check_positive(config, ("lr", "mix_alpha", "temperature", "alpha", "proxy_norm"))
     if any(k < 1 for k in config.ks or []):
         raise UserError(f"--ks: expected positive whole numbers, got {config.ks}")
     if config.IPC is not None and config.batch_size % config.IPC:
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of --IPC {config.IPC}")
     if config.dataset == "csv" and config.csv is None:
         raise UserError("dataset csv needs --csv FILE with columns path,label[,split]")
-    for argument in config.model_kwargs or []:
-        if "=" not in argument:
-            raise UserError(f"--model-kwargs: expected name=value, got {argument!r}")
+    check_name_values("model-kwargs", config.model_kwargs)
 
 
 def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str]) -> None:

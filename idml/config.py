@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -183,3 +184,33 @@ def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> Conf
 def dump_config(config: Any) -> str:
     """The config as YAML that ``--config`` reads back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def check_within(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """UserError for the first field, other than None, outside its (lowest, highest) value."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"--{name.replace('_', '-')}: expected a value {expected}, got {value}")
+
+
+def check_positive(config: Any, names: Sequence[str]) -> None:
+    """UserError for the first of these fields, other than None, that is not a positive finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+
+
+def check_name_values(flag: str, arguments: Sequence[str] | None) -> None:
+    """UserError for the first argument that is not name=value."""
+    for argument in arguments or []:
+        if "=" not in argument:
+            raise UserError(f"--{flag}: expected name=value, got {argument!r}")
+
+
+def parse_name_values(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """``name=value`` arguments as keyword arguments; values are read as YAML: numbers, true/false, lists, else text."""
+    pairs = (argument.split("=", 1) for argument in arguments or [])
+    return {name.strip(): yaml.safe_load(value) for name, value in pairs}

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from idml.checkpoint import read_checkpoint
 from idml.checks_cls import check_ranges, warn_without_effect
-from idml.config import build_config, option, parse_command_line
+from idml.config import build_config, option, parse_command_line, parse_name_values
 from idml.cutmix_flags import translate_cutmix_flags
 from idml.distributed import world_size
 from idml.errors import UserError
@@ -187,6 +185,5 @@ def _resolve(config: ClsConfig, given: set[str], flags: set[str]) -> None:
 
 
 def parse_model_kwargs(config: ClsConfig) -> dict[str, Any]:
-    """``model_kwargs`` as keyword arguments; values are read as YAML: numbers, true/false, lists, else text."""
-    pairs = (argument.split("=", 1) for argument in config.model_kwargs or [])
-    return {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    """``model_kwargs`` as keyword arguments of the model."""
+    return parse_name_values(config.model_kwargs)

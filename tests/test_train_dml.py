@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_every_loss_beats_the_untrained_network(
     tmp_path: Path, untrained: dict[str, float], loss: str, ism: str
 ) -> None:
     run = tmp_path / "run"
-    results = train_dml.main([*options(loss, ism), "--max-steps", "40", "--output-dir", str(run)])
+    results = train_dml.main([*options(loss, ism), "--max-steps", "30", "--output-dir", str(run)])
     assert results["final"]["R@1"] > untrained[ism] + 0.02
     assert (results["loss"], results["ism"]) == (loss, ism)
     state = torch.load(run / "checkpoints/last.pt", weights_only=True)
@@ -228,6 +229,15 @@ def test_options_run(tmp_path: Path, extra: tuple[str, ...]) -> None:
     assert np.isfinite(results["final"]["train_loss"])
     if "--ks" in extra:
         assert "R@100" in results["final"]
+
+
+def test_a_pair_loss_with_random_batches_of_many_classes_warns() -> None:
+    for extra, warned in ((["--loss", "MS"], True), (["--loss", "MS", "--IPC", "4"], False), ([], False)):
+        config, _ = parse_dml_config([*TINY, *extra], description="")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_retrieval_data(config)
+        assert any("others of its class on average: --IPC 4" in str(w.message) for w in caught) == warned, extra
 
 
 def test_warm_up_trains_the_heads_only(tmp_path: Path) -> None:

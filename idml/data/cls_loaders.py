@@ -10,9 +10,9 @@ import numpy as np
 from idml.checks_cls import IN_PACKAGE
 from idml.config_cls import ClsConfig
 from idml.data.image_dataset import DataSplits, ImageDataset
-from idml.data.loaders import build_loader
+from idml.data.loaders import split_loader
 from idml.data.torch_loader import Loader, TorchLoader
-from idml.distributed import is_main, rank, world_size
+from idml.distributed import rank, world_size
 
 EVAL_BATCH_SIZE = 256
 """Images of an evaluation step on each rank: nothing depends on it but memory."""
@@ -63,16 +63,10 @@ def build_cls_loaders(data: DataSplits, config: ClsConfig, *, pin_memory: bool) 
 
 
 def _loader(dataset: ImageDataset, config: ClsConfig, split: str, arguments: dict[str, Any]) -> Loader:
-    """The loader of one split; a data set inside a package is too small for FFCV to gain anything."""
-    if config.loader == "auto" and config.dataset in IN_PACKAGE:
-        if is_main():
-            print(f"{split} images: torch loader, because {config.dataset} is small and in memory")
-        return TorchLoader(dataset, **arguments)
-    whole, rows = dataset.origin or (dataset, None)
-    return build_loader(
-        whole,
-        subset=rows,
+    return split_loader(
+        dataset,
         loader=config.loader,
+        in_package=config.dataset in IN_PACKAGE,
         source=config.dataset,
         split=split,
         cache_dir=config.cache_dir,

@@ -8,10 +8,10 @@ from typing import Any
 from idml.checks_dml import IN_PACKAGE
 from idml.config_dml import DmlConfig
 from idml.data.image_dataset import ImageDataset
-from idml.data.loaders import build_loader
+from idml.data.loaders import split_loader
 from idml.data.retrieval_data import RetrievalData
-from idml.data.torch_loader import Loader, TorchLoader
-from idml.distributed import is_main, rank, world_size
+from idml.data.torch_loader import Loader
+from idml.distributed import rank, world_size
 
 EVAL_BATCH_SIZE = 128
 """Images of an evaluation step on each rank: nothing depends on it but memory."""
@@ -49,16 +49,10 @@ def build_dml_loaders(data: RetrievalData, config: DmlConfig, *, pin_memory: boo
 
 
 def _loader(dataset: ImageDataset, config: DmlConfig, split: str, arguments: dict[str, Any]) -> Loader:
-    """The loader of one split; a data set inside a package is too small for FFCV to gain anything."""
-    if config.loader == "auto" and config.dataset in IN_PACKAGE:
-        if is_main():
-            print(f"{split} images: torch loader, because {config.dataset} is small and in memory")
-        return TorchLoader(dataset, **arguments)
-    whole, rows = dataset.origin or (dataset, None)
-    return build_loader(
-        whole,
-        subset=rows,
+    return split_loader(
+        dataset,
         loader=config.loader,
+        in_package=config.dataset in IN_PACKAGE,
         source=config.dataset,
         split=split,
         cache_dir=config.cache_dir,

@@ -95,6 +95,28 @@ def build_loader(
     return ffcv_loader.FfcvLoader(chosen, beton=path, rows=subset, **arguments)
 
 
+def split_loader(
+    dataset: ImageDataset,
+    *,
+    loader: LoaderName,
+    in_package: bool,
+    source: str,
+    split: str,
+    cache_dir: str | None,
+    **arguments: Any,
+) -> Loader:
+    """The loader of one split of a run; a data set inside a package is too small for FFCV to gain anything.
+
+    Arguments are those of ``build_loader``; a subset is read from the .beton of what it was taken from.
+    """
+    if loader == "auto" and in_package:
+        if arguments.get("rank", 0) == 0:
+            print(f"{split} images: torch loader, because {source} is small and in memory")
+        return TorchLoader(dataset, **arguments)
+    whole, rows = dataset.origin or (dataset, None)
+    return build_loader(whole, subset=rows, loader=loader, source=source, split=split, cache_dir=cache_dir, **arguments)
+
+
 def _find_or_write(
     dataset: ImageDataset,
     default: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,8 +14,9 @@ from idml.data.image_dataset import ImageDataset
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_folder import read_csv, read_folder
 from idml.data.retrieval_readers import read_cars, read_cub, read_inshop, read_sop
-from idml.distributed import world_size
+from idml.distributed import is_main, world_size
 from idml.errors import UserError
+from idml.losses import LOSSES
 
 READERS: Mapping[str, Callable[[DmlConfig], RetrievalData]] = {
     "cub": read_cub,
@@ -57,10 +59,26 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     assert config.ks is not None
     if config.ks[-1] > most:
         raise UserError(f"--ks {config.ks[-1]}: each query has only {most} images to be found among")
+    _warn_of_lonely_batches(data.train, config)
     config.image_size = data.preprocessing.image_size
     config.flip = data.flip if config.flip is None else config.flip
     config.crop_padding = data.crop_padding if config.crop_padding is None else config.crop_padding
     return dataclasses.replace(data, flip=config.flip, crop_padding=config.crop_padding)
+
+
+def _warn_of_lonely_batches(train: ImageDataset, config: DmlConfig) -> None:
+    """Warn where an image has less than one other of its class in a random batch, and the loss learns from pairs."""
+    if config.IPC is not None or not LOSSES[config.loss].needs_pairs or config.eval_only or not is_main():
+        return
+    shares = np.bincount(train.labels) / len(train)
+    partners = (config.batch_size - 1) * float(np.square(shares).sum())
+    if partners < 1:
+        warnings.warn(
+            f"{config.loss} learns from images of one class, and in a random batch of {config.batch_size} an image has "
+            f"{partners:.2f} others of its class on average: --IPC 4 puts four of each class in a batch",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _check_classes(dataset: ImageDataset, name: str) -> None:
