@@ -149,6 +149,11 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known - OF_THAT_RUN}
 
 
+def default_ks(dataset: str) -> list[int]:
+    """The K of R@K that papers give for a data set."""
+    return {"sop": [1, 10, 100, 1000], "inshop": [1, 10, 20, 30, 40, 50]}.get(dataset, [1, 2, 4, 8])
+
+
 def _resolve(config: DmlConfig) -> None:
     """Fill in what follows from other options."""
     if config.dataset in ("SOP", "Inshop"):  # as the released commands write them
@@ -167,8 +172,7 @@ def _resolve(config: DmlConfig) -> None:
     if config.loss_lr_factor is None:
         config.loss_lr_factor = settings.lr_factor
     if config.ks is None:
-        published = {"sop": [1, 10, 100, 1000], "inshop": [1, 10, 20, 30, 40, 50]}
-        config.ks = published.get(config.dataset, [1, 2, 4, 8])
+        config.ks = default_ks(config.dataset)
     config.ks = sorted(set(config.ks))
     if config.data_dir is None and config.dataset in ("cub", "cars", "sop", "inshop"):
         config.data_dir = "data"

@@ -28,6 +28,8 @@ from idml.models import IntrospectiveEmbedder
 from idml.retrieval_evaluation import embed
 from idml.runtime import seed_everything
 from idml.tables import print_table
+from tests.test_cars import write_one_file
+from tests.test_retrieval_readers import write_cub, write_photo
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "resnet8_cifar", "--image-size", "32", "--embedding-size", "64", "--bn-freeze", "0", "--warm", "0"]
@@ -297,6 +299,48 @@ def test_a_folder_of_photos_trains_with_weights_from_a_file(image_folder: Path, 
     assert 0 <= results["final"]["R@1"] <= 1
     trained = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["model"]
     assert torch.equal(trained["backbone.conv1.weight"], backbone.state_dict()["conv1.weight"]), "--warm 1 of 1 epoch"
+
+
+def write_published(root: Path, name: str) -> None:
+    """Some 126 training and 12 test images of a published data set, in its layout below ``root``."""
+    if name == "cub":
+        write_cub(root / "CUB_200_2011", numbers=(*range(1, 43), *range(101, 105)))
+    elif name == "cars":
+        write_one_file(root / "cars196", classes=[*range(1, 64), *range(1, 64), *(list(range(99, 105)) * 2)])
+    else:
+        for file, count, first in (("Ebay_train.txt", 126, 0), ("Ebay_test.txt", 12, 126)):
+            lines = ["image_id class_id super_class_id path"]
+            for number in range(first + 1, first + 1 + count):
+                label = (number + 1) // 2
+                lines.append(f"{number} {label} 1 bicycle_final/{label}_{number}.JPG")
+                write_photo(root / "Standford_Online_Products" / f"bicycle_final/{label}_{number}.JPG", label)
+            (root / "Standford_Online_Products" / file).write_text("\n".join(lines) + "\n")
+
+
+SHARED = "--gpu -1 --loss Proxy_Anchor --model resnet50 --embedding-size 512 --batch-size 120 --warm 5 --bn-freeze 1"
+PUBLISHED = {
+    "cub": "--lr 6e-4 --dataset cub --lr-decay-step 5",
+    "cars": "--lr 2.5e-4 --dataset cars --lr-decay-step 10",
+    "sop": "--lr 6e-4 --dataset SOP --lr-decay-step 10 --lr-decay-gamma 0.25",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_commands_run(in_tmp: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Six epochs of one step, five of them warm-up, on few small images: the flags are the authors' own."""
+    write_published(in_tmp / "data", name)
+    less = ["--epochs", "6", "--image-size", "32", "--workers", "1", "--cache-dir", "cache", "--no-verbose"]
+    results = train_dml.main([*f"{SHARED} {PUBLISHED[name]}".split(), *less])
+    captured = capsys.readouterr()
+    assert "--gpu -1: there is no GPU here; training on the CPU" in captured.out
+    assert "starts from random weights" in captured.err
+    assert "is not the full" in captured.err
+    assert results["final"]["epoch"] == 6
+    assert {"R@1", "RP", "MAP@R", "NMI"} <= set(results["final"])
+    assert ("R@10" in results["final"]) == (name == "sop")
+    assert (results["dataset"], results["loss"], results["ism"]) == (name, "Proxy_Anchor", "live")
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from idml.config_dml import DmlConfig
+from idml.config_dml import DmlConfig, default_ks
 from idml.data.emoji import read_emoji, read_emoji_mini
 from idml.data.image_dataset import ImageDataset
 from idml.data.retrieval_data import RetrievalData
@@ -57,6 +57,10 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
             raise UserError(f"{len(split)} {name} images are too few for {world_size()} processes: each needs one")
     most = len(searched) - (1 if data.gallery is None else 0)
     assert config.ks is not None
+    if config.ks == default_ks(config.dataset) and config.ks[-1] > most:
+        config.ks = [k for k in config.ks if k <= most]
+        if is_main():
+            warnings.warn(f"R@K for K = {config.ks} only: a query has {most} images to search", stacklevel=2)
     if config.ks[-1] > most:
         raise UserError(f"--ks {config.ks[-1]}: each query has only {most} images to be found among")
     _warn_of_lonely_batches(data.train, config)
