@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from idml.run import git_commit, hardware, versions
+from idml.run import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,8 +115,8 @@ def main() -> None:
             "seeds": list(seeds),
             "hardware": hardware(),
             "versions": versions(),
-            "git_commit": git_commit(),
-            "command": " ".join(["python", "benchmarks/emoji_retrieval.py", "--data-dir", "emoji64.npz"]),
+            "git_commit": sorted({str(result["git_commit"]) for result in results}),
+            "command": " ".join(["python", "benchmarks/emoji_retrieval.py", *sys.argv[1:]]),
         }
         arguments.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         print(f"stored in {arguments.out}")
