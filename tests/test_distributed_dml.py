@@ -48,7 +48,7 @@ OPTIONS += [
     "--log-every",
     "1",
 ]
-OPTIONS += ["--threads", "1", "--no-verbose"]
+OPTIONS += ["--threads", "1", "--no-verbose", "--bn-freeze", "1"]
 
 
 @pytest.fixture(scope="module")
