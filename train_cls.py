@@ -13,7 +13,6 @@ Any key of a config file is also a flag, and a flag wins. Results go to a new fo
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 import warnings
@@ -54,7 +53,7 @@ from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
 from idml.data.sampling import global_batch_sizes
 from idml.data.torch_loader import Loader
-from idml.errors import TrainingError, UserError, run_main
+from idml.errors import UserError, run_main
 from idml.evaluation import evaluate, probe_uncertainty
 from idml.metrics.classification import classification_metrics
 from idml.models import IntrospectiveClassifier, create_backbone
@@ -156,7 +155,7 @@ def train(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoa
             metrics |= probe_uncertainty(state.evaluated_model, loaders.probe, *measured, mix=config.mix)
             metrics["active_uncertainty_units"] = test.active_units
         metrics |= {"images_per_second": round(images_seen / seconds, 1), "seconds": round(seconds, 2)}
-        check_finite("test loss", [metrics["loss"] + metrics["nll"]], [metrics["lr"]], state.step - 1, run)
+        run.check_finite("test loss", [metrics["loss"] + metrics["nll"]], [metrics["lr"]], state.step - 1)
 
         is_best = run.log_epoch(metrics, pick_by=pick_by)
         log_histograms(run, test.predictions, state.epoch, ism_on=ism_on)
@@ -207,7 +206,7 @@ def train_epoch(
             draw_mixed(run, batch, data, state.step)
         # Reading the loss makes a GPU wait, so it is done now and then.
         if device.type == "cpu" or state.step % config.log_every == 0:
-            check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+            run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
             checked = len(losses)
         if state.step % config.log_every == 0:
             loss = distributed.all_reduce_sum(losses[-1]).item()
@@ -216,7 +215,7 @@ def train_epoch(
             progress.set_postfix(loss=f"{loss:.3f}")
         if state.step == total_steps:
             break
-    check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+    run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
     return distributed.all_reduce_sum(torch.stack(losses)).mean().item()
 
 
@@ -299,17 +298,6 @@ def progressive_size(config: ClsConfig, epoch: int) -> int | None:
     first, last = config.progressive
     share = min(epoch / max(config.epochs - 2, 1), 1.0)  # the last two epochs are at full size
     return min(32 * round((first + share * (last - first)) / 32), last)
-
-
-def check_finite(what: str, values: Sequence[Tensor | float], rates: list[float], first_step: int, run: Run) -> None:
-    """TrainingError at the first value that is infinite or not a number, with its step and learning rate."""
-    for offset, value in enumerate(values):
-        if not math.isfinite(float(value)):
-            raise TrainingError(
-                f"non-finite {what} ({float(value)}) at step {first_step + offset + 1}, learning rate "
-                f"{rates[offset]:.3g}; the last finite checkpoint is {run.last_checkpoint}. Try a lower --lr, or "
-                "--precision bf16 in place of fp16"
-            )
 
 
 def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoaders) -> dict[str, Any]:

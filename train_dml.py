@@ -13,7 +13,6 @@ Any key of a config file is also a flag, and a flag wins. Results go to a new fo
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -48,7 +47,7 @@ from idml.config_dml import DmlConfig, parse_dml_config
 from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
-from idml.errors import TrainingError, UserError, run_main
+from idml.errors import UserError, run_main
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.models import EmbedderOutput, IntrospectiveEmbedder
 from idml.optim import build_dml_optimizer, build_dml_schedule
@@ -167,7 +166,8 @@ def train(
         freeze_batch_norm(model)
     probe = probe_images(data, loaders, device)
     weight = scale_uncertainty_head(model, loss, probe)
-    say("" if config.ism == "off" else f"mean ISM weight before training {weight:.3f}")
+    if config.ism != "off":
+        say(f"mean ISM weight before training {weight:.3f}")
     optimizer = build_dml_optimizer(model, loss, config)
     state = TrainingState(
         model=model,
@@ -200,21 +200,20 @@ def train(
         if last or state.epoch % config.eval_every == 0:
             tested = embed(model, loaders.test, data.preprocessing, config.precision)
             gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
-            check_finite("test embedding", [tested.semantic.abs().max()], [metrics["lr"]], state.step - 1, run)
+            run.check_finite("test embedding", [tested.semantic.abs().max()], [metrics["lr"]], state.step - 1)
             found = search(tested, gallery, data, config, device, last=last)
             metrics |= found.metrics
             if config.ism != "off":
                 metrics["uncertainty_test"] = tested.uncertainty.mean().item()
                 metrics["ism_weight"] = loss.ism_weight(embed_probe(model, probe))
-            is_best = run.log_epoch(metrics, pick_by="R@1")
-            if is_best:
-                run.save_checkpoint("best", state, data)
             if last:
                 draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
                 draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
                 log_projector(run, tested, loaders, data, state.epoch)
-        say(epoch_line(metrics))
+        if run.log_epoch(metrics, pick_by="R@1"):
+            run.save_checkpoint("best", state, data)
         run.save_checkpoint("last", state, data)
+        say(epoch_line(metrics))
     return run.finish(picked_on="test set", loss=config.loss, ism=config.ism, mix=config.mix)
 
 
@@ -272,7 +271,7 @@ def train_epoch(
         losses.append(step(state, images, batch, config, global_size))
         # Reading the loss makes a GPU wait, so it is done now and then.
         if device.type == "cpu" or state.step % config.log_every == 0:
-            check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+            run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
             checked = len(losses)
         if state.step % config.log_every == 0:
             run.log_scalar("step/loss", losses[-1].item(), state.step)
@@ -280,7 +279,7 @@ def train_epoch(
             progress.set_postfix(loss=f"{losses[-1].item():.3f}")
         if state.step == total_steps:
             break
-    check_finite("loss", losses[checked:], rates[checked:], first_step + checked, run)
+    run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
     return torch.stack(losses).mean().item()
 
 
@@ -371,17 +370,6 @@ def embed_probe(model: IntrospectiveEmbedder, probe: Tensor) -> Tensor:
     return model.eval()(probe).joint()
 
 
-def check_finite(what: str, values: Sequence[Tensor], rates: Sequence[float], first_step: int, run: Run) -> None:
-    """TrainingError at the first value that is infinite or not a number, with its step and learning rate."""
-    for offset, value in enumerate(values):
-        if not math.isfinite(float(value)):
-            raise TrainingError(
-                f"non-finite {what} ({float(value)}) at step {first_step + offset + 1}, learning rate "
-                f"{rates[offset]:.3g}; the last finite checkpoint is {run.last_checkpoint}. Try a lower --lr, or "
-                "--precision bf16 in place of fp16"
-            )
-
-
 def evaluate_checkpoint(
     config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders
 ) -> dict[str, Any]:
@@ -405,7 +393,7 @@ def evaluate_checkpoint(
 
 def say(text: str) -> None:
     """Print on rank 0."""
-    if text and distributed.is_main():
+    if distributed.is_main():
         print(text, flush=True)
 
 

@@ -93,6 +93,8 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused["csv"] = f"it belongs to dataset csv, not {config.dataset}"
     if config.pretrained in (None, "timm"):
         unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
+    if config.device == "cpu":
+        unused["gpu"] = "--device cpu asks for none"
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.output_dir is not None:

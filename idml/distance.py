@@ -9,6 +9,7 @@ Letters in shapes: B and N rows, D semantic dimensions, E uncertainty dimensions
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +17,13 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Lp
 from torch import Tensor
 from torch.nn import functional
 
-from idml.similarity import TEMPERATURE, introspective_exponent, introspective_similarity, introspective_weight
+from idml.similarity import (
+    TEMPERATURE,
+    introspective_distance,
+    introspective_exponent,
+    introspective_similarity,
+    introspective_weight,
+)
 
 DistanceVariant = Literal["released", "live"]
 DistanceForm = Literal["similarity", "distance"]
@@ -90,13 +97,16 @@ class IntrospectiveDistance(BaseDistance):
 
     def weights(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D[+E]) and (N, D[+E]) -> (B, N) ISM weights in [0, 1]; 1 where a comparison counts in full."""
-        return self.exponents(query_emb, ref_emb).neg().exp()
+        return self._of_pairs(introspective_weight, query_emb, ref_emb)
 
     def exponents(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D[+E]) and (N, D[+E]) -> (B, N) exponents x >= 0 of the weights exp(-x), also where those round to 1."""
+        return self._of_pairs(introspective_exponent, query_emb, ref_emb)
+
+    def _of_pairs(self, function: Callable[..., Tensor], query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         with torch.autocast(query_emb.device.type, enabled=False):
             alpha, beta = self._alpha_beta(self._split(query_emb), self._split(ref_emb), row_by_row=False)[1:]
-            return introspective_exponent(alpha, beta, temperature=self.temperature, offset=self.offset)
+            return function(alpha, beta, temperature=self.temperature, offset=self.offset)
 
     def _compare(self, query_emb: Tensor, ref_emb: Tensor, *, row_by_row: bool) -> Tensor:
         with torch.autocast(query_emb.device.type, enabled=False):
@@ -109,7 +119,7 @@ class IntrospectiveDistance(BaseDistance):
                 # Not the root of 2 - 2 cos: its rounding would be felt, and its gradient at zero is not finite.
                 measure = functional.pairwise_distance if row_by_row else torch.cdist
                 distance = measure(query.semantic, reference.semantic)
-                result = distance * introspective_weight(alpha, beta, **settings)
+                result = introspective_distance(distance, beta, sq_distance=alpha, **settings)
         return result.to(query_emb.dtype)
 
     @staticmethod

@@ -200,14 +200,15 @@ class MetricLoss(nn.Module):
     @torch.no_grad()
     def ism_weight(self, embeddings: Tensor) -> float:
         """Mean ISM weight of the comparisons that the loss would make: images with proxies, or with one another."""
-        return 1.0 if self.ism == "off" else self._exponents(embeddings).neg().exp().mean().item()
+        return self._of_comparisons("weights", embeddings).mean().item() if self.ism != "off" else 1.0
 
-    def _exponents(self, embeddings: Tensor) -> Tensor:
+    def _of_comparisons(self, what: Literal["weights", "exponents"], embeddings: Tensor) -> Tensor:
+        """What the distance says of the comparisons that the loss would make, in any shape."""
         assert isinstance(self.distance, IntrospectiveDistance)
+        measure = getattr(self.distance, what)
         if self.proxies is not None:
-            return self.distance.exponents(embeddings, self.proxies.to(embeddings))
-        exponents = self.distance.exponents(embeddings, embeddings)
-        return exponents[~torch.eye(len(exponents), dtype=torch.bool, device=exponents.device)]
+            return measure(embeddings, self.proxies.to(embeddings))
+        return measure(embeddings, embeddings)[~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)]
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, image
     if model.ism == "live":
         assert model.uncertainty_head is not None
         # In float64, and not from the weights: those of a very small head are rounded to 1.
-        exponent = loss._exponents(model(images).joint().cpu().double()).mean().item()
+        exponent = loss._of_comparisons("exponents", model(images).joint().cpu().double()).mean().item()
         if exponent > 0:  # else there is nothing to compare, or nothing in the features
             model.uncertainty_head.weight.mul_(math.sqrt(INITIAL_EXPONENT / exponent))
     weight = loss.ism_weight(model(images).joint())

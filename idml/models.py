@@ -40,7 +40,7 @@ class ClassifierOutput(NamedTuple):
     uncertainty: Tensor
 
 
-def uncertainty_score(output: ClassifierOutput) -> Tensor:
+def uncertainty_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
     """One number per image, higher for a more ambiguous image: the Euclidean norm of its uncertainty embedding.
 
     Args:
@@ -225,11 +225,6 @@ class IntrospectiveEmbedder(nn.Module):
                 self.uncertainty_head.weight, std=initial_uncertainty_std(self.feature_dim, uncertainty_dim)
             )
 
-    @property
-    def heads(self) -> list[nn.Linear]:
-        """The linear maps on top of the backbone: semantic, and uncertainty where there is one."""
-        return [self.semantic_head] if self.uncertainty_head is None else [self.semantic_head, self.uncertainty_head]
-
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.
 
@@ -237,7 +232,8 @@ class IntrospectiveEmbedder(nn.Module):
             ValueError: the backbone gives something of another shape.
         """
         forward = getattr(self.backbone, "forward_features", self.backbone)
-        features = pool_features(forward(images), self.pool, self.feature_dim, skip=_prefix_tokens(self.backbone))
+        skip = int(getattr(self.backbone, "num_prefix_tokens", 0))
+        features = pool_features(forward(images), self.pool, self.feature_dim, skip=skip)
         if features.ndim != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(f"expected backbone features of {self.feature_dim} channels, got {tuple(features.shape)}")
         return features.float()
@@ -295,7 +291,3 @@ def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0)
     # max(dim) gives the gradient to one of equal places, as max pooling does; amax would share it out.
     highest = places.max(1).values
     return highest if pool == "max" else places.mean(1) + highest
-
-
-def _prefix_tokens(backbone: nn.Module) -> int:
-    return int(getattr(backbone, "num_prefix_tokens", 0))

@@ -18,7 +18,7 @@ from idml.run import Run, write_text
 
 if TYPE_CHECKING:
     from idml.data.dml_loaders import DmlLoaders
-    from idml.retrieval_evaluation import Embedded, Search
+    from idml.retrieval_evaluation import Embedded, Found
 
 QUERIES = 8
 """Queries in the picture of neighbours, spread over the test images."""
@@ -54,7 +54,7 @@ def _retrieval(metrics: Mapping[str, Any], prefix: str) -> str:
 
 
 def _neighbour_picture(
-    found: Search, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, *, ism_on: bool
+    found: Found, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, *, ism_on: bool
 ) -> Image.Image:
     """Eight queries, each with its five nearest, framed by right and wrong."""
     queries = np.linspace(0, len(data.test) - 1, min(QUERIES, len(data.test)), dtype=int).tolist()
@@ -75,7 +75,7 @@ def _neighbour_picture(
 
 
 def draw_neighbours(
-    run: Run, found: Search, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, epoch: int, *, ism_on: bool
+    run: Run, found: Found, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, epoch: int, *, ism_on: bool
 ) -> None:
     """``pictures/neighbours.png``, and the same in TensorBoard."""
     if not run.has_picture("neighbours"):
@@ -141,7 +141,7 @@ def log_projector(run: Run, tested: Embedded, loaders: DmlLoaders, data: Retriev
 
 
 def write_retrieval(
-    directory: Path, found: Search, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, *, ism_on: bool
+    directory: Path, found: Found, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, *, ism_on: bool
 ) -> None:
     """``metrics.json`` and ``neighbours.png`` in a folder."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.torch_loader import Loader
 from idml.distributed import gather_interleaved
-from idml.metrics import retrieval_metrics
-from idml.metrics.retrieval import nearest_neighbours, retrieval_auroc
+from idml.metrics import nearest_neighbours, retrieval_auroc, retrieval_metrics
+from idml.models import uncertainty_score
 from idml.runtime import autocast
 
 NEIGHBOURS = 5
@@ -40,7 +40,7 @@ class Embedded(NamedTuple):
     labels: Tensor
 
 
-class Search(NamedTuple):
+class Found(NamedTuple):
     """What the test images found: the figures, and per query (Q,) the nearest ones.
 
     Attributes:
@@ -77,7 +77,7 @@ def embed(model: nn.Module, loader: Loader, preprocessing: Preprocessing, precis
         images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
         with autocast(device, precision):
             output = model(images)
-        columns = (output.semantic, output.uncertainty.norm(dim=1), output.norm)
+        columns = (output.semantic, uncertainty_score(output), output.norm)
         batches.append([*(column.float().cpu() for column in columns), labels])
     return Embedded(*gather_interleaved([torch.cat(columns) for columns in zip(*batches, strict=True)]))
 
@@ -90,7 +90,7 @@ def search(
     device: torch.device,
     *,
     last: bool,
-) -> Search:
+) -> Found:
     """The figures of a retrieval, computed on ``device``, the queries dealt out to the ranks.
 
     Args:
@@ -125,4 +125,4 @@ def search(
     if config.ism == "off":
         del scores["uncertainty"]
     metrics |= {f"R-AUROC {name}": retrieval_auroc(score, right) for name, score in scores.items()}
-    return Search(metrics, neighbours, similarities, right)
+    return Found(metrics, neighbours, similarities, right)

@@ -27,7 +27,7 @@ from idml.config import dump_config
 from idml.data.image_dataset import DataSplits
 from idml.data.retrieval_data import RetrievalData
 from idml.distributed import is_main, world_size
-from idml.errors import UserError
+from idml.errors import TrainingError, UserError
 from idml.pictures import as_tensor, save_png
 from idml.state import TrainingState
 
@@ -132,14 +132,14 @@ class Run:
         """Append one epoch to ``metrics.jsonl`` and TensorBoard.
 
         Args:
-            metrics: has ``epoch`` and the metric that ``pick_by`` names (larger is better).
-            pick_by: decides which epoch is the best.
+            metrics: has ``epoch`` and, where it was evaluated, the metric that ``pick_by`` names (larger is better).
+            pick_by: decides which evaluated epoch is the best.
 
         Returns:
             Whether this is the best epoch so far.
         """
         self.last = dict(metrics)
-        is_best = self.best is None or metrics[pick_by] > self.best[pick_by]
+        is_best = pick_by in metrics and (self.best is None or metrics[pick_by] > self.best[pick_by])
         if is_best:
             self.best = dict(metrics)
         if self._log is None:
@@ -177,6 +177,18 @@ class Run:
     def has_picture(self, name: str) -> bool:
         """Whether ``pictures/<name>.png`` has been drawn, or is not this rank's to draw."""
         return self._log is None or (self.directory / "pictures" / f"{name}.png").exists()
+
+    def check_finite(
+        self, what: str, values: Sequence[Tensor | float], rates: Sequence[float], first_step: int
+    ) -> None:
+        """TrainingError at the first value that is infinite or not a number, with its step and learning rate."""
+        for offset, value in enumerate(values):
+            if not math.isfinite(float(value)):
+                raise TrainingError(
+                    f"non-finite {what} ({float(value)}) at step {first_step + offset + 1}, learning rate "
+                    f"{rates[offset]:.3g}; the last finite checkpoint is {self.last_checkpoint}. Try a lower --lr, or "
+                    "--precision bf16 in place of fp16"
+                )
 
     def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits | RetrievalData) -> None:
         """Write ``checkpoints/<name>.pt``: the state, the config, the class names and the preprocessing.

@@ -122,7 +122,12 @@ def introspective_similarity(
 
 
 def introspective_distance(
-    distance: Tensor, sq_uncertainty: Tensor, *, temperature: float = TEMPERATURE, offset: float = 0.0
+    distance: Tensor,
+    sq_uncertainty: Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+    offset: float = 0.0,
+    sq_distance: Tensor | None = None,
 ) -> Tensor:
     """Distance form of the ISM: ``distance * w``, with alpha = distance^2.
 
@@ -134,6 +139,7 @@ def introspective_distance(
         sq_uncertainty: beta >= 0, broadcastable with ``distance``.
         temperature: tau > 0.
         offset: constant >= 0 added to beta.
+        sq_distance: alpha in place of distance^2, where the vectors are compared at another length than they have.
 
     Returns:
         float32 or float64, broadcast shape.
@@ -143,7 +149,8 @@ def introspective_distance(
     """
     with torch.autocast(distance.device.type, enabled=False):
         distance, sq_uncertainty = _full_precision(distance, sq_uncertainty)
-        return distance * torch.exp(_exponent(distance.square(), sq_uncertainty, temperature, offset))
+        alpha = distance.square() if sq_distance is None else sq_distance.to(distance.dtype)
+        return distance * torch.exp(_exponent(alpha, sq_uncertainty, temperature, offset))
 
 
 def class_sq_distances(

@@ -19,7 +19,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 
-from idml.metrics import nearest_neighbours, retrieval, retrieval_auroc, retrieval_metrics
+from idml.metrics import nearest_neighbours, neighbours, retrieval, retrieval_auroc, retrieval_metrics
 from idml.metrics.clustering import clustering_metrics
 from tests.test_clustering import blobs
 from tests.test_distributed import launch
@@ -131,8 +131,8 @@ def test_a_query_that_can_find_fewer_than_its_chunk_searches_for() -> None:
     """Items 0..29 are one family, so they find 10 items; the others find 39, and all are searched in one chunk."""
     embeddings = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     families = torch.arange(40).clamp(min=29)
-    search = retrieval.prepare(embeddings, None, families, None)
-    ((rows, indices, similarities),) = retrieval.neighbours_in_chunks(search, torch.full((40,), 39), 1 << 28)
+    search = neighbours.prepare(embeddings, None, families, None)
+    ((rows, indices, similarities),) = neighbours.neighbours_in_chunks(search, torch.full((40,), 39), 1 << 28)
     assert indices.max() < 40
     assert similarities.isfinite().sum(1)[rows.argsort()].tolist() == [10] * 30 + [39] * 10
     found = retrieval_metrics(embeddings, torch.zeros(40, dtype=torch.long), families=families, nmi=False)
@@ -176,8 +176,8 @@ def test_everything_equals_a_plain_search(data: st.DataObject) -> None:
     if not use_families:
         kin = list(range(len(items)))
         query_kin = [-1] * len(asking) if apart else kin
-    neighbours = plain_neighbours(gallery, queries, np.array(kin), np.array(query_kin))
-    available = min(map(len, neighbours))
+    rankings = plain_neighbours(gallery, queries, np.array(kin), np.array(query_kin))
+    available = min(map(len, rankings))
     if available == 0:
         return
     ks = data.draw(st.lists(st.integers(1, available), min_size=1, max_size=3, unique=True))
@@ -192,18 +192,18 @@ def test_everything_equals_a_plain_search(data: st.DataObject) -> None:
     embeddings = torch.tensor(gallery, dtype=torch.float32)
     exclude = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "TILE_COLUMNS", data.draw(st.sampled_from([1, 8, 1 << 14])))
-        patch.setattr(retrieval, "GROUP", data.draw(st.sampled_from([1, 4, 32])))
+        patch.setattr(neighbours, "TILE_COLUMNS", data.draw(st.sampled_from([1, 8, 1 << 14])))
+        patch.setattr(neighbours, "GROUP", data.draw(st.sampled_from([1, 4, 32])))
         patch.setattr(retrieval, "FEW", data.draw(st.sampled_from([1, 2, 32])))
-        patch.setattr(retrieval, "TILE_ROWS", data.draw(st.sampled_from([1, 5, 512])))
+        patch.setattr(neighbours, "TILE_ROWS", data.draw(st.sampled_from([1, 5, 512])))
         indices, _ = nearest_neighbours(embeddings, max(ks), **options)
         if apart:
             options["query_labels"] = torch.tensor(query_labels)
         found = retrieval_metrics(
             embeddings, torch.tensor(labels), ks=ks, nmi=False, lone="exclude" if exclude else "miss", **options
         )
-    assert indices.tolist() == [ranked[: max(ks)] for ranked in neighbours]
-    expected = plain_figures(neighbours, labels, query_labels, ks, exclude=exclude)
+    assert indices.tolist() == [ranked[: max(ks)] for ranked in rankings]
+    expected = plain_figures(rankings, labels, query_labels, ks, exclude=exclude)
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
@@ -217,7 +217,7 @@ def test_the_largest_are_those_of_a_full_sort(seed: int, width: int, k: int, lev
     scores = source.integers(levels, size=(5, width)).astype(np.float32)
     scores[source.random((5, width)) < 0.1] = -np.inf
     scores[0, 3:] = -np.inf
-    values, columns = retrieval.largest(torch.tensor(scores), k)
+    values, columns = neighbours.largest(torch.tensor(scores), k)
     for row in range(5):
         expected = np.lexsort([np.arange(width), -scores[row]])[:k]
         finite = np.isfinite(scores[row][expected])  # which of the -inf are taken is all the same
@@ -305,13 +305,13 @@ SPLIT = """
 import json, sys, torch
 from pathlib import Path
 from idml import distributed
-from idml.metrics import retrieval, retrieval_metrics
+from idml.metrics import neighbours, retrieval_metrics
 torch.set_num_threads(1)
 distributed.setup("cpu")
-retrieval.TILE_ROWS = 32
+neighbours.TILE_ROWS = 32
 calls = []
-original = retrieval.search_chunk
-retrieval.search_chunk = lambda search, rows, *rest: calls.append(len(rows)) or original(search, rows, *rest)
+original = neighbours.search_chunk
+neighbours.search_chunk = lambda search, rows, *rest: calls.append(len(rows)) or original(search, rows, *rest)
 points, labels = torch.load(sys.argv[1])
 found = retrieval_metrics(points, labels, ks=(1, 100, 2), split_over_ranks=True)
 Path(f"{sys.argv[1]}-{distributed.rank()}.json").write_text(json.dumps([found, sum(calls)]))
@@ -327,7 +327,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path, monkeypatch: pytes
     done = launch(2, script, str(data))
     assert done.returncode == 0, done.stderr
     (first, some), (second, others) = (json.loads((tmp_path / f"data.pt-{rank}.json").read_text()) for rank in (0, 1))
-    monkeypatch.setattr(retrieval, "TILE_ROWS", 32)
+    monkeypatch.setattr(neighbours, "TILE_ROWS", 32)
     one = retrieval_metrics(
         points.float(), labels, ks=(1, 100, 2), split_over_ranks=True
     )  # no process group: as without

@@ -228,6 +228,15 @@ def test_a_pair_loss_with_random_batches_of_many_classes_warns() -> None:
         assert any("others of its class on average: --IPC 4" in str(w.message) for w in caught) == warned, extra
 
 
+def test_every_epoch_is_logged_and_some_are_evaluated(tmp_path: Path) -> None:
+    arguments = [*options("Proxy_Anchor", "off"), "--batch-size", "840", "--epochs", "3", "--eval-every", "2"]
+    results = train_dml.main([*arguments, "--output-dir", str(tmp_path / "run")])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert ["R@1" in line for line in lines] == [False, True, True]
+    assert results["best"]["R@1"] == max(line["R@1"] for line in lines[1:])
+
+
 def test_warm_up_trains_the_heads_only(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*options("Proxy_Anchor", "live"), "--warm", "1", "--max-steps", "3", "--output-dir", str(run)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from idml.config import build_config, dump_config, option, parse_command_line
+from idml.config import build_config, check_within, dump_config, option, parse_command_line
 from idml.data.cars import list_cars
 from idml.data.image_files import decoding_error
 from idml.data.listing import Counts, Listing, missing_files, split_problems
@@ -68,13 +69,11 @@ def verify_data(arguments: Sequence[str]) -> None:
         return
     if config.dataset is None:
         raise UserError(f"--dataset is missing: one of {', '.join([*LISTERS, 'emoji-mini', 'emoji'])}")
-    if not 0 < config.test_fraction < 1:
-        raise UserError(f"--test-fraction: expected a value between 0 and 1, got {config.test_fraction}")
-    if config.workers < 0:
-        raise UserError(f"--workers: expected a value at least 0, got {config.workers}")
+    check_within(config, {"test_fraction": (0.01, 0.99), "workers": (0, math.inf)})
     name = config.dataset.lower()
-    wrong = _verify_listing(LISTERS[name](config), config) if name in LISTERS else _verify_emoji(name, config)
-    if wrong:
+    if name not in LISTERS:
+        _verify_emoji(name, config)
+    elif wrong := _verify_listing(LISTERS[name](config), config):
         raise UserError(f"{name}: {'; '.join(wrong)}; the report above names them")
     print("all good")
 
@@ -106,25 +105,17 @@ def _verify_listing(listing: Listing, config: VerifyConfig) -> list[str]:
     return [f"{count} {what}" for count, what in counted if count]
 
 
-def _verify_emoji(name: str, config: VerifyConfig) -> list[str]:
-    """Print the report of the emoji, which their own reader finds; what is wrong, in words."""
+def _verify_emoji(name: str, config: VerifyConfig) -> None:
+    """Print the report of the emoji; their own reader raises a UserError where anything is wrong."""
     from idml.config_dml import DmlConfig
     from idml.data.emoji import read_emoji, read_emoji_mini
 
     read: Callable[[DmlConfig], RetrievalData] = read_emoji_mini if name == "emoji-mini" else read_emoji
     data = read(build_config(DmlConfig, {"dataset": name, "data_dir": config.data_dir}))
     _print_item("data set", name)
-    splits = {"train": data.train, "test" if data.gallery is None else "query": data.test}
-    if data.gallery is not None:
-        splits["gallery"] = data.gallery
-    counts = {split: Counts(len(part), len(np.unique(part.labels))) for split, part in splits.items()}
-    _print_counts(counts, None)
-    paths = [path for part in splits.values() for path in part.paths or ()]
-    if not paths:
-        _print_item("images", "in memory, so all of them decode")
-        return []
-    undecodable = _print_undecodable(paths, config)
-    return [f"{undecodable} files do not decode"] if undecodable else []
+    parts = {"train": data.train, "test": data.test}
+    _print_counts({split: Counts(len(part), len(np.unique(part.labels))) for split, part in parts.items()}, None)
+    _print_item("images", "in memory, so all of them decode")
 
 
 def _print_counts(counts: dict, listing: Listing | None) -> None:
