@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
 
 from idml.distance import DistanceForm, IntrospectiveDistance
-from idml.models import INITIAL_EXPONENT, IntrospectiveEmbedder, IsmVariant
+from idml.models import INITIAL_EXPONENT, IntrospectiveEmbedder, IsmVariant, UncertaintyHead
 from idml.similarity import TEMPERATURE
 
 LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
@@ -215,8 +215,8 @@ class MetricLoss(nn.Module):
 def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, images: Tensor) -> float:
     """Scale a live model's uncertainty head so that training starts close to the plain metric, but not at it.
 
-    The exponent beta / (tau alpha) of every comparison is quadratic in the head's weights (its bias starts at zero). It
-    is measured over the comparisons that the loss makes among these images, and its mean brought to
+    The exponent beta / (tau alpha) of every comparison is quadratic in the head's gain, which is what is scaled. It is
+    measured over the comparisons that the loss makes among these images, and its mean brought to
     ``INITIAL_EXPONENT``. The mean weight is then at least exp(-INITIAL_EXPONENT) = 0.95, the exponential being convex,
     for any backbone, scale of features, number of classes and loss. Other variants are left as they are.
 
@@ -231,11 +231,11 @@ def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, image
     was_training = model.training
     model.eval()
     if model.ism == "live":
-        assert model.uncertainty_head is not None
+        assert isinstance(model.uncertainty_head, UncertaintyHead)
         # In float64, and not from the weights: those of a very small head are rounded to 1.
         exponent = loss._of_comparisons("exponents", model(images).joint().cpu().double()).mean().item()
         if exponent > 0:  # else there is nothing to compare, or nothing in the features
-            model.uncertainty_head.weight.mul_(math.sqrt(INITIAL_EXPONENT / exponent))
+            model.uncertainty_head.gain.mul_(math.sqrt(INITIAL_EXPONENT / exponent))
     weight = loss.ism_weight(model(images).joint())
     model.train(was_training)
     return weight

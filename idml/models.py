@@ -166,6 +166,37 @@ class EmbedderOutput(NamedTuple):
         return torch.cat([self.semantic, self.uncertainty], dim=1)
 
 
+class UncertaintyHead(nn.Linear):
+    """The live uncertainty head of retrieval: a linear map of (B, H) features to (B, E), times a fixed small ``gain``.
+
+    Small, not zero: beta is quadratic in u, so at zero its gradient is zero too. The smallness is in the gain and not
+    in the weights, which are drawn from N(0, 1), because an adaptive optimizer moves every weight by about the learning
+    rate, however small it is. Weights that are small themselves are overrun in a few steps: beta grows past the point
+    where the loss would stop it, every ISM weight is then zero, and with it every gradient.
+
+    With features of mean square 1, ``beta = |u|^2 = E H gain^2`` against a proxy. The pairs that an untrained network
+    compares are close (alpha well under 1), so alpha is taken as 1/4, and the gain such that the exponent
+    ``beta / (tau alpha)`` is ``INITIAL_EXPONENT``. Features of another scale, or other distances, call for
+    ``idml.losses.scale_uncertainty_head``, which measures them.
+
+    Attributes:
+        gain: 0-d float32 buffer, stored in checkpoints, not trained.
+    """
+
+    gain: Tensor
+
+    def __init__(self, feature_dim: int, uncertainty_dim: int) -> None:
+        super().__init__(feature_dim, uncertainty_dim)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+        gain = math.sqrt(INITIAL_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
+        self.register_buffer("gain", torch.tensor(gain))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, H) -> (B, E)."""
+        return super().forward(features) * self.gain
+
+
 Pool = Literal["avg+max", "avg", "max"]
 
 
@@ -214,16 +245,11 @@ class IntrospectiveEmbedder(nn.Module):
         self.embedding_dim, self.uncertainty_dim = embedding_dim, uncertainty_dim
         self.pool, self.ism, self.l2_norm = pool, ism, l2_norm
         self.semantic_head = nn.Linear(self.feature_dim, embedding_dim)
-        self.uncertainty_head = None if ism == "off" else nn.Linear(self.feature_dim, uncertainty_dim)
+        head = UncertaintyHead if ism == "live" else nn.Linear
+        self.uncertainty_head = None if ism == "off" else head(self.feature_dim, uncertainty_dim)
         # The released code starts this head so, and leaves the other one to torch's default.
         nn.init.kaiming_normal_(self.semantic_head.weight, mode="fan_out")
         nn.init.zeros_(self.semantic_head.bias)
-        if ism == "live":
-            assert self.uncertainty_head is not None
-            nn.init.zeros_(self.uncertainty_head.bias)
-            nn.init.normal_(
-                self.uncertainty_head.weight, std=initial_uncertainty_std(self.feature_dim, uncertainty_dim)
-            )
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.
@@ -255,17 +281,6 @@ class IntrospectiveEmbedder(nn.Module):
             if self.ism == "released" and self.l2_norm:
                 uncertainty = functional.normalize(uncertainty, dim=1)
         return EmbedderOutput(semantic, uncertainty, norm)
-
-
-def initial_uncertainty_std(feature_dim: int, uncertainty_dim: int) -> float:
-    """Standard deviation of the weights of a live retrieval model's uncertainty head.
-
-    With weights of variance v and features of mean square 1, beta = |u|^2 = E H v against a proxy. The pairs that an
-    untrained network compares are close (alpha well under 1), so alpha is taken as 1/4, and v such that the exponent
-    beta / (tau alpha) is ``INITIAL_EXPONENT``. Small, not zero: beta is quadratic in u, so at zero its gradient is
-    zero too. Features of another scale, or other distances, call for ``scale_uncertainty_head``, which measures them.
-    """
-    return math.sqrt(INITIAL_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
 
 
 def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0) -> Tensor:

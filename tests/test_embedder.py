@@ -17,7 +17,7 @@ from torch.nn import functional
 from idml import UserError
 from idml.backbones import ALIASES, create_backbone
 from idml.checkpoint import load_weights
-from idml.models import EmbedderOutput, IntrospectiveEmbedder, initial_uncertainty_std, pool_features
+from idml.models import EmbedderOutput, IntrospectiveEmbedder, UncertaintyHead, pool_features
 
 VARIANTS = ["live", "released", "off"]
 
@@ -66,7 +66,8 @@ def test_output_equals_the_definition(ism: str, l2_norm: bool, training: bool) -
         expected = np.zeros((4, 3))
     else:
         assert model.uncertainty_head is not None
-        expected = head(model.uncertainty_head)
+        # The live head is small by its gain, not by its weights.
+        expected = head(model.uncertainty_head) * (model.uncertainty_head.gain.item() if ism == "live" else 1)
         expected = unit(expected) if ism == "released" and l2_norm else expected
         assert np.abs(expected).min() > 0
     np.testing.assert_allclose(output.uncertainty.detach(), expected, rtol=1e-4, atol=1e-5)
@@ -232,12 +233,11 @@ def test_the_start_of_the_live_head_follows_its_derivation(dims: tuple[int, int]
     """Features of mean square 1 and pairs at alpha = 1/4 have the mean exponent 0.05."""
     features, width = dims
     torch.manual_seed(0)
-    weight = initial_uncertainty_std(features, width) * torch.randn(width, features)
-    beta = (torch.randn(200, features) @ weight.T).square().sum(1)
-    assert (beta / (5 * 0.25)).mean().item() == pytest.approx(0.05, rel=0.1)
     head = IntrospectiveEmbedder(nn.Flatten(), 4, width, feature_dim=features).uncertainty_head
-    assert head is not None and not head.bias.any()
-    assert head.weight.std().item() == pytest.approx(initial_uncertainty_std(features, width), rel=0.05)
+    assert isinstance(head, UncertaintyHead) and not head.bias.any()
+    assert head.weight.std().item() == pytest.approx(1, rel=0.05)
+    beta = head(torch.randn(200, features)).square().sum(1)
+    assert (beta / (5 * 0.25)).mean().item() == pytest.approx(0.05, rel=0.1)
 
 
 def test_the_released_start() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from idml.backbones import create_backbone
 from idml.losses import LOSSES, LossName, MetricLoss, scale_uncertainty_head
-from idml.models import IntrospectiveEmbedder
+from idml.models import IntrospectiveEmbedder, UncertaintyHead
 from tests.test_distance import oracle as introspective_oracle
 
 D, E, CLASSES = 8, 3, 10
@@ -327,7 +327,7 @@ def check_start(model: IntrospectiveEmbedder, loss: MetricLoss, images: Tensor, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told = scale_uncertainty_head(model, loss, images)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"uncertainty_head.weight"}
+    assert changed == {"uncertainty_head.gain"}
     assert 0.9 <= told < 1.0
     assert told == pytest.approx(mean_weight(model, loss, images), abs=0.003)
     assert told == pytest.approx(loss.ism_weight(model.eval()(images).joint()), abs=1e-6)
@@ -369,7 +369,7 @@ def test_identical_images_do_not_break_the_start(fashion: dict[str, np.ndarray],
     for probe in (images[:1].repeat(6, 1, 1, 1), torch.cat([images[:8], images[:8]])):
         model = IntrospectiveEmbedder(Scaled(1.0), 16, 8)
         assert 0.9 <= scale_uncertainty_head(model, MetricLoss(name, 10, 16), probe) < 1
-        assert model.uncertainty_head is not None and model.uncertainty_head.weight.abs().max() > 0
+        assert isinstance(model.uncertainty_head, UncertaintyHead) and model.uncertainty_head.gain > 0
 
 
 @pytest.mark.parametrize("ism", ["off", "released"])
