@@ -16,7 +16,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,25 @@ from augment import (
 )
 from idml import distributed
 from idml.checkpoint import load_weights, read_checkpoint
+from idml.checkpoint_files import read_verified
 from idml.config import dump_config
 from idml.config_cls import ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.data.cls_loaders import ClsLoaders, build_cls_loaders
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
-from idml.data.sampling import global_batch_sizes
 from idml.data.torch_loader import Loader
 from idml.errors import UserError, run_main
-from idml.evaluation import evaluate, probe_uncertainty
+from idml.evaluation import Evaluation, evaluate, probe_uncertainty
 from idml.metrics.classification import classification_metrics
 from idml.models import IntrospectiveClassifier, create_backbone
+from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_histograms, write_confusion
+from idml.resume import check_same_run, planned_steps
 from idml.run import Run, default_run_directory, hardware
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.saving import Saver
+from idml.signals import StopSignals
 from idml.state import TrainingState
 
 
@@ -72,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(dump_config(config), end="")
         return None
 
-    # Whatever a user's mistake can break comes before the run directory is made.
+    with StopSignals() as signals:
+        return run_config(config, signals)
+
+
+def run_config(config: ClsConfig, signals: StopSignals) -> dict[str, Any]:
+    """Train or evaluate; whatever a user's mistake can break comes before the run directory is made."""
     device = choose_device(config.device)
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
@@ -83,14 +92,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if config.eval_only:
         results = evaluate_checkpoint(config, data, model, loaders)
     else:
+        stored = read_verified(Path(config.resume)) if config.resume else None
+        if stored is not None:
+            check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.method}-s{config.seed}"
-        run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
+        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
+        run = Run(directory, config, stored=stored)
         say(
             f"{config.method} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: "
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
             f"{distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
         )
-        results = train(config, data, model, loaders, run)
+        results = train(config, data, model, loaders, run, stored, signals)
     distributed.shutdown()
     return results
 
@@ -100,10 +113,10 @@ def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
     backbone = create_backbone(
         config.model,
         image_size=data.preprocessing.image_size,
-        pretrained=config.pretrained == "timm",
+        pretrained=config.pretrained == "timm" and config.resume is None,
         arguments=parse_model_kwargs(config),
     )
-    if config.pretrained not in (None, "timm"):
+    if config.pretrained not in (None, "timm") and config.resume is None:
         load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
     return IntrospectiveClassifier(
         backbone,
@@ -114,11 +127,25 @@ def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
     )
 
 
-def train(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoaders, run: Run) -> dict[str, Any]:
-    """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds."""
+def train(
+    config: ClsConfig,
+    data: DataSplits,
+    model: nn.Module,
+    loaders: ClsLoaders,
+    run: Run,
+    stored: Mapping[str, Any] | None,
+    signals: StopSignals,
+) -> dict[str, Any]:
+    """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds.
+
+    Args:
+        config, data, model, loaders, run: of the training.
+        stored: the checkpoint that it goes on from, or None.
+        signals: that may stop it.
+    """
     device = next(model.parameters()).device
     steps_per_epoch = len(loaders.train)
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    total_steps = planned_steps(config, steps_per_epoch)
     if config.bn_freeze:
         freeze_batch_norm(model)
     optimizer = build_optimizer(model, config)
@@ -129,48 +156,60 @@ def train(config: ClsConfig, data: DataSplits, model: nn.Module, loaders: ClsLoa
         schedule=build_schedule(optimizer, config, steps_per_epoch=steps_per_epoch, total_steps=total_steps),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         generator=torch.Generator().manual_seed(config.seed + 1_000_003 * distributed.rank()),
+        seed=config.seed,
+        own_share=True,
         ema=ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay > 0 else None,
     )
-    ism_on, classes, flip = config.ism != "off", data.train.classes, config.tta == "flip"
-    measured = (data.preprocessing, config.precision)
+    saver = Saver(run, state, data, signals)
+    saver.start(stored)
     pick_by = "val_top1" if loaders.val else "top1"
-    run.save_checkpoint("last", state, data)
-    while state.step < total_steps:
-        started, first_step = time.perf_counter(), state.step
-        train_loss = train_epoch(state, loaders.train, config, data, run, total_steps)
-        seconds = time.perf_counter() - started
-        sizes = global_batch_sizes(len(data.train), config.batch_size, distributed.world_size())
-        images_seen = sum(sizes[: state.step - first_step])
-        state.epoch += 1
-
-        distributed.copy_from_main(state.evaluated_model.buffers())  # batch norm's running figures differ by rank
-        metrics = {"epoch": state.epoch, "step": state.step, "lr": state.learning_rate, "train_loss": train_loss}
-        test = evaluate(state.evaluated_model, loaders.test, *measured, flip=flip)
-        metrics |= classification_metrics(test.predictions, len(classes))
-        if loaders.val:
-            val = evaluate(state.evaluated_model, loaders.val, *measured, flip=flip)
-            metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
-        if ism_on:
-            metrics["uncertainty_test"] = test.predictions.uncertainty.mean().item()
-            metrics |= probe_uncertainty(state.evaluated_model, loaders.probe, *measured, mix=config.mix)
-            metrics["active_uncertainty_units"] = test.active_units
-        metrics |= {"images_per_second": round(images_seen / seconds, 1), "seconds": round(seconds, 2)}
+    test: Evaluation | None = None
+    while state.step < total_steps or state.epoch_losses:
+        with signals.deferred():
+            speed = train_epoch(state, loaders.train, config, data, saver, total_steps)
+            saver.save()
+        saver.stop_if_asked()
+        metrics, test = evaluate_epoch(config, data, loaders, state)
         run.check_finite("test loss", [metrics["loss"] + metrics["nll"]], [metrics["lr"]], state.step - 1)
-
-        is_best = run.log_epoch(metrics, pick_by=pick_by)
-        log_histograms(run, test.predictions, state.epoch, ism_on=ism_on)
-        run.save_checkpoint("last", state, data)
-        if is_best:
-            run.save_checkpoint("best", state, data)
+        metrics |= speed
+        with signals.deferred():
+            saver.end_epoch(metrics, pick_by=pick_by)
+            log_histograms(run, test.predictions, state.epoch, ism_on=config.ism != "off")
         say(epoch_line(metrics))
+        saver.stop_if_asked()
 
-    draw_extremes(run, test.predictions, loaders.test, classes, state.epoch, ism_on=ism_on)
-    results = run.finish(picked_on="validation split" if loaders.val else "test set")
+    if test is None:  # the run had been stopped between its last epoch and its end
+        _, test = evaluate_epoch(config, data, loaders, state)
+    draw_extremes(run, test.predictions, loaders.test, data.train.classes, state.epoch, ism_on=config.ism != "off")
+    results = run.finish(pick_by=pick_by, picked_on="validation split" if loaders.val else "test set")
     if config.expname is not None:  # the closing lines of the CutMix authors' script, which programs read
         for word, figures in (("Best", results["best"]), ("Last", results["final"])):
             errors = [100 * (1 - figures[key]) for key in ("top1", "top5") if key in figures]
             say(f"{word} accuracy (top-1 and 5 error): {' '.join(map(str, errors))}")
     return results
+
+
+def evaluate_epoch(
+    config: ClsConfig, data: DataSplits, loaders: ClsLoaders, state: TrainingState
+) -> tuple[dict[str, Any], Evaluation]:
+    """The figures after an epoch, and those of every test image."""
+    classes, flip = data.train.classes, config.tta == "flip"
+    measured = (data.preprocessing, config.precision)
+    model = state.evaluated_model
+    distributed.copy_from_main(model.buffers())  # batch norm's running figures differ by rank
+    metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
+    if state.epoch_losses:
+        metrics["train_loss"] = state.mean_epoch_loss()
+    test = evaluate(model, loaders.test, *measured, flip=flip)
+    metrics |= classification_metrics(test.predictions, len(classes))
+    if loaders.val:
+        val = evaluate(model, loaders.val, *measured, flip=flip)
+        metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
+    if config.ism != "off":
+        metrics["uncertainty_test"] = test.predictions.uncertainty.mean().item()
+        metrics |= probe_uncertainty(model, loaders.probe, *measured, mix=config.mix)
+        metrics["active_uncertainty_units"] = test.active_units
+    return metrics, test
 
 
 def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module:
@@ -182,73 +221,68 @@ def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module
 
 
 def train_epoch(
-    state: TrainingState, loader: Loader, config: ClsConfig, data: DataSplits, run: Run, total_steps: int
-) -> float:
-    """One pass over the training images, ending early at ``total_steps``; returns the mean loss of its steps."""
+    state: TrainingState, loader: Loader, config: ClsConfig, data: DataSplits, saver: Saver, total_steps: int
+) -> dict[str, float]:
+    """What is left of a pass over the training images, ending early at ``total_steps``; returns its speed."""
     state.network.train()
     if config.bn_freeze:
         freeze_batch_norm(state.model)
-    device = next(state.model.parameters()).device
-    sizes = global_batch_sizes(len(loader.dataset), config.batch_size, distributed.world_size())
-    size = progressive_size(config, state.epoch)
-    losses: list[Tensor] = []
-    rates: list[float] = []
-    checked, first_step = 0, state.step
+    run, guard = saver.run, FiniteGuard(saver.run, state, loader)
+    size, done = progressive_size(config, state.epoch), len(state.epoch_losses)
+    sizes = loader.global_sizes()[done:]
     quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
-    progress = tqdm(loader.epoch(state.epoch), f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet)
-    for (images, labels), global_size in zip(progress, sizes, strict=True):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    batches = loader.epoch(state.epoch, start=done) if state.step < total_steps else iter(())
+    progress = tqdm(batches, f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet, initial=done)
+    started = time.perf_counter()
+    for (images, labels), global_size in zip(progress, sizes, strict=False):
+        images, labels = images.to(state.device, non_blocking=True), labels.to(state.device, non_blocking=True)
         images = images if size is None else resize(images, size)
         batch = augment_and_mix(images, labels, config, data.preprocessing, state.generator)
-        rates.append(state.learning_rate)
-        losses.append(step(state, batch, config, global_size))
+        rate = state.learning_rate
+        step(state, guard, batch, config, global_size)
         if batch.labels_b is not batch.labels_a and not run.has_picture("mixed"):
             draw_mixed(run, batch, data, state.step)
         # Reading the loss makes a GPU wait, so it is done now and then.
-        if device.type == "cpu" or state.step % config.log_every == 0:
-            run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
-            checked = len(losses)
+        if state.device.type == "cpu" or state.step % config.log_every == 0:
+            guard.check()
         if state.step % config.log_every == 0:
-            loss = distributed.all_reduce_sum(losses[-1]).item()
+            loss = distributed.all_reduce_sum(state.epoch_losses[-1]).item()
             run.log_scalar("step/loss", loss, state.step)
-            run.log_scalar("step/lr", rates[-1], state.step)
+            run.log_scalar("step/lr", rate, state.step)
             progress.set_postfix(loss=f"{loss:.3f}")
+        saver.after_step(guard.check)
         if state.step == total_steps:
             break
-    run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
-    return distributed.all_reduce_sum(torch.stack(losses)).mean().item()
+    guard.check()
+    seconds = time.perf_counter() - started
+    images_seen = sum(sizes[: len(state.epoch_losses) - done])
+    return {"images_per_second": round(images_seen / max(seconds, 1e-9), 1), "seconds": round(seconds, 2)}
 
 
-def step(state: TrainingState, batch: MixedBatch, config: ClsConfig, global_size: int) -> Tensor:
+def step(state: TrainingState, guard: FiniteGuard, batch: MixedBatch, config: ClsConfig, global_size: int) -> None:
     """One optimizer step on this rank's share of a batch of ``global_size`` images.
 
     Every image weighs the same in the gradient, however unevenly a last batch falls to ranks and parts: a part's mean
-    loss is weighted by its share of the global batch, and by the number of ranks, over which DDP averages.
-
-    Returns:
-        This rank's share of the batch's mean loss, 0-d, on the device; the sum over the ranks is the mean itself.
+    loss is weighted by its share of the global batch, and by the number of ranks, over which DDP averages. The state
+    notes this rank's share of the batch's mean loss; the sum over the ranks is the mean itself.
     """
+    guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
-    device = batch.images.device
     parts = split(batch, config.grad_accum)
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=state.device)
     for number, part in enumerate(parts):
         distributed_network = isinstance(state.network, DistributedDataParallel)
         wait = distributed_network and number < len(parts) - 1
         with state.network.no_sync() if wait else contextlib.nullcontext():
-            with autocast(device, config.precision):
+            with autocast(state.device, config.precision):
                 output = state.network(part.images)
             loss = mixed_cross_entropy(output.introspective_logits, part, label_smoothing=config.label_smoothing)
             loss = loss * (len(part.images) / global_size)
             state.scaler.scale(loss * distributed.world_size()).backward()
         total += loss.detach()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.schedule.step()
-    state.step += 1
-    if state.ema is not None:
+    figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in output._asdict().items()}
+    if guard.update(total, figures) and state.ema is not None:
         state.ema.update(state.model, step=state.step)
-    return total
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from augment import (
 from idml import distributed
 from idml.backbones import create_backbone
 from idml.checkpoint import load_weights, read_checkpoint
+from idml.checkpoint_files import read_verified
 from idml.config import dump_config, parse_name_values
 from idml.config_dml import DmlConfig, parse_dml_config
 from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
@@ -50,11 +51,15 @@ from idml.data.retrieval_datasets import read_retrieval_data
 from idml.errors import UserError, run_main
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.models import EmbedderOutput, IntrospectiveEmbedder
+from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
-from idml.retrieval_evaluation import embed, search
+from idml.resume import check_same_run, planned_steps
+from idml.retrieval_evaluation import Embedded, Found, embed, search
 from idml.run import Run, default_run_directory, hardware
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.saving import Saver
+from idml.signals import StopSignals
 from idml.state import TrainingState
 
 PROBE_IMAGES = 120
@@ -70,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(dump_config(config), end="")
         return None
     use_gpus(config, arguments)
+    with StopSignals() as signals:
+        return run_config(config, signals)
 
-    # Whatever a user's mistake can break comes before the run directory is made.
+
+def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
+    """Train or evaluate; whatever a user's mistake can break comes before the run directory is made."""
     device = choose_device(config.device)
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
@@ -84,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if config.eval_only:
         results = evaluate_checkpoint(config, data, model, loaders)
     else:
+        stored = read_verified(Path(config.resume)) if config.resume else None
+        if stored is not None:
+            check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.loss}-{config.ism}-s{config.seed}{config.remark and '-' + config.remark}"
-        run = Run(Path(config.output_dir) if config.output_dir else default_run_directory(name), config)
+        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
+        run = Run(directory, config, stored=stored)
         gallery = "" if data.gallery is None else f", a gallery of {len(data.gallery)},"
         sampling = (
             "random" if config.IPC is None else f"{config.IPC} images of each of {config.batch_size // config.IPC}"
@@ -96,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             f"{gallery} of {len(data.test.classes)} others; {len(loaders.train)} steps an epoch ({sampling} classes a "
             f"batch); {distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
         )
-        results = train(config, data, model, loss, loaders, run)
+        results = train(config, data, model, loss, loaders, run, stored, signals)
     distributed.shutdown()
     return results
 
@@ -126,10 +139,10 @@ def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
     backbone = create_backbone(
         config.model,
         image_size=config.image_size,
-        pretrained=config.pretrained == "timm",
+        pretrained=config.pretrained == "timm" and config.resume is None,
         arguments=parse_name_values(config.model_kwargs),
     )
-    if config.pretrained not in (None, "timm"):
+    if config.pretrained not in (None, "timm") and config.resume is None:
         load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
     return IntrospectiveEmbedder(
         backbone, config.embedding_size, config.uncertainty_dim, config.pool, config.ism, l2_norm=bool(config.l2_norm)
@@ -157,17 +170,24 @@ def train(
     loss: MetricLoss,
     loaders: DmlLoaders,
     run: Run,
+    stored: Mapping[str, Any] | None,
+    signals: StopSignals,
 ) -> dict[str, Any]:
-    """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds."""
+    """All epochs, an evaluation and a checkpoint after each; returns what ``results.json`` holds.
+
+    Args:
+        config, data, model, loss, loaders, run: of the training.
+        stored: the checkpoint that it goes on from, or None.
+        signals: that may stop it.
+    """
     device = next(model.parameters()).device
     steps_per_epoch = len(loaders.train)
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    total_steps = planned_steps(config, steps_per_epoch)
     if config.bn_freeze:
         freeze_batch_norm(model)
     probe = probe_images(data, loaders, device)
-    weight = scale_uncertainty_head(model, loss, probe)
-    if config.ism != "off":
-        say(f"mean ISM weight before training {weight:.3f}")
+    if config.ism != "off" and stored is None:
+        say(f"mean ISM weight before training {scale_uncertainty_head(model, loss, probe):.3f}")
     optimizer = build_dml_optimizer(model, loss, config)
     state = TrainingState(
         model=model,
@@ -178,43 +198,54 @@ def train(
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         # The same on every rank: each draws for the whole batch and takes its own share.
         generator=torch.Generator().manual_seed(config.seed),
+        seed=config.seed,
+        own_share=False,
     )
     distributed.copy_from_main([*model.parameters(), *loss.parameters()])
     backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
-    run.save_checkpoint("last", state, data)
-    while state.step < total_steps:
-        if state.epoch in (0, config.warm):
+    saver = Saver(run, state, data, signals)
+    saver.start(stored)
+    found: Found | None = None
+    while state.step < total_steps or state.epoch_losses:
+        if state.network is model or state.epoch == config.warm:
             for parameter in backbone:
                 parameter.requires_grad_(state.epoch >= config.warm)
             state.network = wrap(model, config)
-        started, first_step = time.perf_counter(), state.step
-        train_loss = train_epoch(state, loaders, config, data, run, total_steps)
-        seconds = time.perf_counter() - started
-        images_seen = sum(loaders.train.global_sizes()[: state.step - first_step])
-        state.epoch += 1
-
+        with signals.deferred():
+            speed = train_epoch(state, loaders, config, data, saver, total_steps)
+            saver.save()
+        saver.stop_if_asked()
         distributed.copy_from_main(model.buffers())  # batch norm's running figures differ by rank
         last = state.step >= total_steps
-        metrics = {"epoch": state.epoch, "step": state.step, "lr": state.learning_rate, "train_loss": train_loss}
-        metrics |= {"images_per_second": round(images_seen / seconds, 1), "seconds": round(seconds, 2)}
-        if last or state.epoch % config.eval_every == 0:
-            tested = embed(model, loaders.test, data.preprocessing, config.precision)
-            gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
+        metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
+        metrics |= {"train_loss": state.mean_epoch_loss(), **speed}
+        if last or (state.epoch + 1) % config.eval_every == 0:
+            tested, found = evaluate_model(config, data, model, loaders, last=last)
             run.check_finite("test embedding", [tested.semantic.abs().max()], [metrics["lr"]], state.step - 1)
-            found = search(tested, gallery, data, config, device, last=last)
             metrics |= found.metrics
             if config.ism != "off":
                 metrics["uncertainty_test"] = tested.uncertainty.mean().item()
                 metrics["ism_weight"] = loss.ism_weight(embed_probe(model, probe))
-            if last:
-                draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
-                draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
-                log_projector(run, tested, loaders, data, state.epoch)
-        if run.log_epoch(metrics, pick_by="R@1"):
-            run.save_checkpoint("best", state, data)
-        run.save_checkpoint("last", state, data)
+        with signals.deferred():
+            saver.end_epoch(metrics, pick_by="R@1")
         say(epoch_line(metrics))
-    return run.finish(picked_on="test set", loss=config.loss, ism=config.ism, mix=config.mix)
+        saver.stop_if_asked()
+
+    if found is None:  # the run had been stopped between its last epoch and its end
+        tested, found = evaluate_model(config, data, model, loaders, last=True)
+    draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
+    draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
+    log_projector(run, tested, loaders, data, state.epoch)
+    return run.finish(pick_by="R@1", picked_on="test set", loss=config.loss, ism=config.ism, mix=config.mix)
+
+
+def evaluate_model(
+    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders, *, last: bool
+) -> tuple[Embedded, Found]:
+    """The embeddings of the test images, and what they find; ``last`` as in ``search``."""
+    tested = embed(model, loaders.test, data.preprocessing, config.precision)
+    gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
+    return tested, search(tested, gallery, data, config, next(model.parameters()).device, last=last)
 
 
 class Parts(nn.Module):
@@ -250,51 +281,54 @@ def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
 
 
 def train_epoch(
-    state: TrainingState, loaders: DmlLoaders, config: DmlConfig, data: RetrievalData, run: Run, total_steps: int
-) -> float:
-    """One pass over the training images, ending early at ``total_steps``; returns the mean loss of its steps."""
+    state: TrainingState, loaders: DmlLoaders, config: DmlConfig, data: RetrievalData, saver: Saver, total_steps: int
+) -> dict[str, float]:
+    """What is left of a pass over the training images, ending early at ``total_steps``; returns its speed."""
     state.network.train()
     if config.bn_freeze:
         freeze_batch_norm(state.model)
-    device = next(state.model.parameters()).device
-    losses: list[Tensor] = []
-    rates: list[float] = []
-    checked, first_step = 0, state.step
+    loader, run = loaders.train, saver.run
+    guard, done = FiniteGuard(run, state, loader), len(state.epoch_losses)
+    sizes = loader.global_sizes()[done:]
     quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
-    loader = loaders.train
-    progress = tqdm(loader.epoch(state.epoch), f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet)
-    for (images, labels), global_size in zip(progress, loader.global_sizes(), strict=True):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    batches = loader.epoch(state.epoch, start=done) if state.step < total_steps else iter(())
+    progress = tqdm(batches, f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet, initial=done)
+    started = time.perf_counter()
+    for (images, labels), global_size in zip(progress, sizes, strict=False):
+        images, labels = images.to(state.device, non_blocking=True), labels.to(state.device, non_blocking=True)
         images = augment(images, config, data, state.generator, global_size)
         batch = mix(images, labels, config, state.generator, global_size)
-        rates.append(state.learning_rate)
-        losses.append(step(state, images, batch, config, global_size))
+        rate = state.learning_rate
+        step(state, guard, images, batch, config, global_size)
         # Reading the loss makes a GPU wait, so it is done now and then.
-        if device.type == "cpu" or state.step % config.log_every == 0:
-            run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
-            checked = len(losses)
+        if state.device.type == "cpu" or state.step % config.log_every == 0:
+            guard.check()
         if state.step % config.log_every == 0:
-            run.log_scalar("step/loss", losses[-1].item(), state.step)
-            run.log_scalar("step/lr", rates[-1], state.step)
-            progress.set_postfix(loss=f"{losses[-1].item():.3f}")
+            loss = state.epoch_losses[-1].item()
+            run.log_scalar("step/loss", loss, state.step)
+            run.log_scalar("step/lr", rate, state.step)
+            progress.set_postfix(loss=f"{loss:.3f}")
+        saver.after_step(guard.check)
         if state.step == total_steps:
             break
-    run.check_finite("loss", losses[checked:], rates[checked:], first_step + checked)
-    return torch.stack(losses).mean().item()
+    guard.check()
+    seconds = time.perf_counter() - started
+    images_seen = sum(sizes[: len(state.epoch_losses) - done])
+    return {"images_per_second": round(images_seen / max(seconds, 1e-9), 1), "seconds": round(seconds, 2)}
 
 
-def step(state: TrainingState, images: Tensor, batch: MixedBatch, config: DmlConfig, global_size: int) -> Tensor:
+def step(
+    state: TrainingState, guard: FiniteGuard, images: Tensor, batch: MixedBatch, config: DmlConfig, global_size: int
+) -> None:
     """One optimizer step on this rank's share of a batch of ``global_size`` images.
 
     The loss is that of the whole batch, on every rank alike: ``loss(images)``, and with mixing ``+ lam loss(mixed, own
-    labels) + (1 - lam) loss(mixed, partners' labels)``, as released.
-
-    Returns:
-        The loss of the whole batch, 0-d, on the device; the same on every rank.
+    labels) + (1 - lam) loss(mixed, partners' labels)``, as released. The state notes it.
     """
     loss_of, device = state.loss, images.device
     assert isinstance(loss_of, MetricLoss)
     mixed = batch.labels_b is not batch.labels_a
+    guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(device, config.precision):
         outputs = state.network(*([images, batch.images] if mixed else [images]))
@@ -304,21 +338,22 @@ def step(state: TrainingState, images: Tensor, batch: MixedBatch, config: DmlCon
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed * 1_000_003 + state.step)
         loss = loss_of(embeddings[0], labels)
+        figures = {"loss of the images": loss.detach()}
         if mixed:
-            loss = (
-                loss + batch.lam * loss_of(embeddings[1], labels) + (1 - batch.lam) * loss_of(embeddings[1], partners)
-            )
+            own, others = loss_of(embeddings[1], labels), loss_of(embeddings[1], partners)
+            figures |= {"loss of mixed images, own labels": own.detach(), "partners' labels": others.detach()}
+            loss = loss + batch.lam * own + (1 - batch.lam) * others
     state.scaler.scale(loss).backward()
     distributed.average_gradients(loss_of.parameters())
     if config.clip_value:
         state.scaler.unscale_(state.optimizer)
         trained = [*state.model.parameters(), *loss_of.parameters()]
         nn.utils.clip_grad_value_([p for p in trained if p.grad is not None], config.clip_value)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.schedule.step()
-    state.step += 1
-    return loss.detach()
+    figures["|semantic| before normalising"] = outputs[0].norm.detach().mean()
+    figures["|uncertainty|"] = outputs[0].uncertainty.detach().norm(dim=1).mean()
+    if loss_of.proxies is not None:
+        figures["|proxies|"] = loss_of.proxies.detach().norm(dim=1).mean()
+    guard.update(loss.detach(), figures)
 
 
 def augment(
@@ -379,9 +414,7 @@ def evaluate_checkpoint(
         model.load_state_dict(read_checkpoint(config.checkpoint)["model"])
     except RuntimeError as error:
         raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
-    tested = embed(model, loaders.test, data.preprocessing, config.precision)
-    gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
-    found = search(tested, gallery, data, config, next(model.parameters()).device, last=True)
+    tested, found = evaluate_model(config, data, model, loaders, last=True)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
     if distributed.is_main():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.resume import check_saving, unused_saving
 
 IN_PACKAGE = ("fashion-mnist-mini", "digits")
 """Data sets that come with an installed package: small, and in memory in any case."""
@@ -44,6 +45,7 @@ def check_ranges(config: ClsConfig) -> None:
         "lighting": (0, math.inf),
     }
     check_within(config, ranges)
+    check_saving(config)
     check_positive(config, ("lr", "mix_alpha", "temperature"))
     if any(not 1 <= milestone <= config.epochs for milestone in config.lr_milestones or []):
         raise UserError(f"--lr-milestones: expected epochs between 1 and {config.epochs}, got {config.lr_milestones}")
@@ -92,6 +94,7 @@ def warn_without_effect(config: ClsConfig, defaults: ClsConfig, given: set[str])
         unused["download"] = f"dataset {config.dataset} is not downloaded"
     if config.pretrained in (None, "timm"):
         unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
+    unused |= unused_saving(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.dataset in IN_PACKAGE:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import is_main
 from idml.errors import UserError
+from idml.resume import check_saving, unused_saving
 
 IN_PACKAGE = ("emoji-mini",)
 """Data sets that come with an installed package: small, and in memory in any case."""
@@ -48,6 +49,7 @@ def check_ranges(config: DmlConfig) -> None:
         "log_every": (1, math.inf),
     }
     check_within(config, ranges)
+    check_saving(config)
     check_positive(config, ("lr", "mix_alpha", "temperature", "alpha", "proxy_norm"))
     if any(k < 1 for k in config.ks or []):
         raise UserError(f"--ks: expected positive whole numbers, got {config.ks}")
@@ -95,6 +97,7 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
     if config.device == "cpu":
         unused["gpu"] = "--device cpu asks for none"
+    unused |= unused_saving(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.output_dir is not None:

@@ -14,6 +14,7 @@ from idml.cutmix_flags import translate_cutmix_flags
 from idml.distributed import world_size
 from idml.errors import UserError
 from idml.models import IsmVariant
+from idml.resume import SavingOptions, resumed_layer
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
@@ -32,7 +33,7 @@ METHODS: dict[Method, tuple[IsmVariant, Mix]] = {
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class ClsConfig:
+class ClsConfig(SavingOptions):
     """Everything that decides a classification run. Units: learning rates per step, sizes in pixels."""
 
     method: Method = option("idml-cutmix", "one of the six methods; sets --ism and --mix")
@@ -138,9 +139,13 @@ def parse_cls_config(argv: Sequence[str], *, description: str) -> tuple[ClsConfi
     translated, argv = translate_cutmix_flags(argv)
     file, flags, print_config = parse_command_line(ClsConfig, argv, prog="train_cls.py", description=description)
     layers = [_expand_method(file, "--config"), translated, _expand_method(flags, "command line")]
+    path, layer = resumed_layer(file | flags)
+    known = {field.name for field in dataclasses.fields(ClsConfig)}
+    layers.insert(0, {name: value for name, value in layer.items() if name in known})
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
     config = build_config(ClsConfig, dict(item for layer in layers for item in layer.items()))
+    config.resume = None if path is None else str(path)
     _resolve(config, set(file) | set(flags), set(flags))
     check_ranges(config)
     warn_without_effect(config, ClsConfig(), set(file) | set(flags))

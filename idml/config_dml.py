@@ -15,6 +15,7 @@ from idml.distributed import world_size
 from idml.errors import UserError
 from idml.losses import LOSSES, LossName
 from idml.models import IsmVariant
+from idml.resume import SavingOptions, resumed_layer
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
@@ -25,7 +26,7 @@ OF_THAT_RUN = {"output_dir", "wandb", "device", "gpu", "pretrained", "eval_only"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class DmlConfig:
+class DmlConfig(SavingOptions):
     """Everything that decides a retrieval run. Units: learning rates per step, sizes in pixels."""
 
     loss: LossName = option("Proxy_Anchor", "one of the eight losses of idml.losses")
@@ -128,9 +129,13 @@ def parse_dml_config(argv: Sequence[str], *, description: str) -> tuple[DmlConfi
     """
     file, flags, print_config = parse_command_line(DmlConfig, argv, prog="train_dml.py", description=description)
     layers = [file, flags]
+    path, layer = resumed_layer(file | flags)
+    known = {field.name for field in dataclasses.fields(DmlConfig)}
+    layers.insert(0, {name: value for name, value in layer.items() if name in known})
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
     config = build_config(DmlConfig, dict(item for layer in layers for item in layer.items()))
+    config.resume = None if path is None else str(path)
     given = set(file) | set(flags)
     _resolve(config)
     check_ranges(config)

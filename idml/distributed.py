@@ -19,8 +19,10 @@ def setup(device_type: str) -> None:
 
 def shutdown() -> None:
     """Leave the process group."""
+    global _signal_group
     if dist.is_initialized():
         dist.destroy_process_group()
+    _signal_group = None
 
 
 def rank() -> int:
@@ -47,6 +49,30 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+_signal_group: Any = None
+
+
+def highest(code: int) -> int:
+    """The largest of all ranks' numbers; over gloo, so that no GPU is made to wait. To be called on every rank."""
+    global _signal_group
+    if not dist.is_initialized():
+        return code
+    if _signal_group is None:
+        _signal_group = dist.new_group(backend="gloo")
+    number = torch.tensor(code)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=_signal_group)
+    return int(number)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

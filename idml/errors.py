@@ -6,9 +6,13 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from idml.signals import Interrupted
 
 EXIT_BAD_INPUT = 2
 EXIT_TRAINING_FAILED = 1
+EXIT_STORAGE = 74  # EX_IOERR of sysexits.h
 
 
 class UserError(ValueError):
@@ -23,6 +27,12 @@ class TrainingError(RuntimeError):
     exit_code = EXIT_TRAINING_FAILED
 
 
+class StorageError(RuntimeError):
+    """The disk does not take what must be kept; the program exits with code 74."""
+
+    exit_code = EXIT_STORAGE
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """``"; did you mean a, b?"`` with the names closest to ``name``, or an empty string when none is close."""
     spelled = {known.lower(): known for known in names}
@@ -31,13 +41,29 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run ``main`` and end the process: a UserError or TrainingError becomes one line on stderr and its exit code."""
+    """Run ``main`` and end the process: an error of this module becomes one line on stderr and its exit code.
+
+    So does a signal that has stopped a run.
+    """
     try:
         main()
-    except (UserError, TrainingError) as error:
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(" ".join(str(stop).split()), file=sys.stderr, flush=True)
+        leave(stop.exit_code)
+    except (UserError, TrainingError, StorageError) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code; under torchrun at once, since other ranks may never come to a common end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

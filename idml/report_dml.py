@@ -78,7 +78,7 @@ def draw_neighbours(
     run: Run, found: Found, tested: Embedded, loaders: DmlLoaders, data: RetrievalData, epoch: int, *, ism_on: bool
 ) -> None:
     """``pictures/neighbours.png``, and the same in TensorBoard."""
-    if not run.has_picture("neighbours"):
+    if run.writes:
         picture = _neighbour_picture(found, tested, loaders, data, ism_on=ism_on)
         run.log_picture("neighbours", "test queries and their nearest", picture, epoch)
 
@@ -95,7 +95,7 @@ def draw_projection(run: Run, tested: Embedded, data: RetrievalData, epoch: int,
 
     The size of a point grows with the image's uncertainty.
     """
-    if run.has_picture("projection"):
+    if not run.writes:
         return
     import matplotlib.figure  # slow to import: only where used
     from matplotlib.backends.backend_agg import FigureCanvasAgg

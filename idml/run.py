@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -13,7 +14,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,12 +26,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from idml.config import dump_config
-from idml.data.image_dataset import DataSplits
-from idml.data.retrieval_data import RetrievalData
 from idml.distributed import is_main, world_size
-from idml.errors import TrainingError, UserError
+from idml.errors import StorageError, TrainingError, UserError
 from idml.pictures import as_tensor, save_png
-from idml.state import TrainingState
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "ffcv", "tensorboard", "pytorch-metric-learning")
 
@@ -74,6 +73,11 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def epoch_json(metrics: Mapping[str, Any]) -> str:
+    """An epoch's line in ``metrics.jsonl``, without its end."""
+    return json.dumps(metrics)
+
+
 class Run:
     """A run directory being written.
 
@@ -85,51 +89,95 @@ class Run:
     Args:
         directory: made if it is not there.
         config: the resolved config, a dataclass.
+        stored: the checkpoint that the run goes on from; its files are then brought to where that is.
 
     Raises:
-        UserError: the directory already holds a run, or cannot be written.
+        UserError: without ``stored``, the directory already holds a run, or cannot be written.
     """
 
-    def __init__(self, directory: Path, config: Any) -> None:
+    def __init__(self, directory: Path, config: Any, *, stored: Mapping[str, Any] | None = None) -> None:
         self.directory, self.config = directory, config
         self.started = time.time()
-        self.last: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = list(stored["history"]) if stored else []
+        self._seconds_before = stored["seconds"] if stored else 0.0
+        self._warned: set[str] = set()
         self._log: SummaryWriter | None = None
         if not is_main():
             return
         if config.wandb:
             require_wandb()
-        if (directory / "metrics.jsonl").exists() or (directory / "results.json").exists():
-            raise UserError(f"{directory} already holds a run; give another --output-dir, or remove it")
+        if stored is None and ((directory / "metrics.jsonl").exists() or (directory / "results.json").exists()):
+            raise UserError(
+                f"{directory} already holds a run; give another --output-dir, or remove it, or go on: --resume auto"
+            )
         try:
             for name in ("checkpoints", "tensorboard", "pictures"):
                 (directory / name).mkdir(parents=True, exist_ok=True)
-            write_text(directory / "config.yaml", dump_config(config))
+            write_text(directory / "config.yaml", dump_config(dataclasses.replace(config, resume=None)))
+            if stored is not None:
+                self._repair()
         except OSError as error:
             raise UserError(f"cannot write to the run directory {directory}: {error.strerror}") from None
         if config.wandb:
             start_wandb(directory, dataclasses.asdict(config))
-        self._log = SummaryWriter(str(directory / "tensorboard"))
+        purge_from = None if stored is None else stored["step"] + 1
+        self._log = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_from)
+
+    def _repair(self) -> None:
+        """Bring the files of a run that was cut off to where its checkpoint is: nothing torn, nothing twice."""
+        (self.directory / "results.json").unlink(missing_ok=True)
+        lines = "".join(epoch_json(metrics) + "\n" for metrics in self.history)
+        path = self.directory / "metrics.jsonl"
+        if self.history and (not path.exists() or path.read_bytes() != lines.encode()):
+            write_text(path, lines)
+        elif not self.history:
+            path.unlink(missing_ok=True)
+        for left in self.directory.rglob("*.tmp"):
+            left.unlink()
+
+    def seconds(self) -> float:
+        """Wall time of the run so far, that before an interruption included."""
+        return self._seconds_before + time.time() - self.started
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Warn, once for each file, of something beside checkpoints that could not be written."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"could not write {what} in {self.directory} ({error}); training goes on", stacklevel=3)
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[SummaryWriter]:
+        """TensorBoard, whose failures do not end a training."""
+        assert self._log is not None
+        try:
+            yield self._log
+        except (OSError, ValueError) as error:  # ValueError: its file was closed after an earlier failure
+            self._failed("TensorBoard files", error)
 
     def log_scalar(self, name: str, value: float, step: int) -> None:
         """One number for TensorBoard."""
         if self._log is not None:
-            self._log.add_scalar(name, value, step)
+            with self._logging() as log:
+                log.add_scalar(name, value, step)
 
     def log_histogram(self, name: str, values: Tensor, step: int) -> None:
         """A histogram for TensorBoard."""
         if self._log is not None:
-            self._log.add_histogram(name, values, step)
+            with self._logging() as log:
+                log.add_histogram(name, values, step)
 
     def log_picture(self, name: str, title: str, picture: Image.Image, step: int) -> None:
         """``pictures/<name>.png``, and the same in TensorBoard under ``title``."""
         if self._log is not None:
-            save_png(picture, self.directory / "pictures" / f"{name}.png")
-            self._log.add_image(title, as_tensor(picture), step)
+            try:
+                save_png(picture, self.directory / "pictures" / f"{name}.png")
+            except OSError as error:
+                self._failed("pictures", error)
+            with self._logging() as log:
+                log.add_image(title, as_tensor(picture), step)
 
-    def log_epoch(self, metrics: Mapping[str, Any], *, pick_by: str) -> bool:
-        """Append one epoch to ``metrics.jsonl`` and TensorBoard.
+    def add_epoch(self, metrics: Mapping[str, Any], *, pick_by: str) -> bool:
+        """Add an epoch to the history, which the next checkpoint holds; ``write_epoch`` then makes it visible.
 
         Args:
             metrics: has ``epoch`` and, where it was evaluated, the metric that ``pick_by`` names (larger is better).
@@ -138,19 +186,31 @@ class Run:
         Returns:
             Whether this is the best epoch so far.
         """
-        self.last = dict(metrics)
-        is_best = pick_by in metrics and (self.best is None or metrics[pick_by] > self.best[pick_by])
-        if is_best:
-            self.best = dict(metrics)
+        self.history.append(
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        )
+        return self.best(pick_by) is self.history[-1]
+
+    def best(self, pick_by: str) -> dict[str, Any] | None:
+        """The evaluated epoch with the largest ``pick_by``, the first of several; None before any."""
+        measured = [metrics for metrics in self.history if metrics.get(pick_by) is not None]
+        return max(measured, key=lambda metrics: metrics[pick_by], default=None)
+
+    def write_epoch(self) -> None:
+        """Append the last epoch to ``metrics.jsonl`` and TensorBoard."""
         if self._log is None:
-            return is_best
-        line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            return
+        metrics = self.history[-1]
+        try:
+            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(epoch_json(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._failed("metrics.jsonl", error)
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "epoch":
                 self.log_scalar(name, value, metrics["epoch"])
-        return is_best
 
     def log_projector(self, embeddings: Tensor, names: Sequence[str], images: Tensor, step: int) -> None:
         """Embeddings for TensorBoard's projector, each with its name and its image.
@@ -162,7 +222,8 @@ class Run:
             step: that they belong to.
         """
         if self._log is not None:
-            self._log.add_embedding(embeddings, list(names), images, step, tag="test")
+            with self._logging() as log:
+                log.add_embedding(embeddings, list(names), images, step, tag="test")
 
     @property
     def last_checkpoint(self) -> Path:
@@ -190,26 +251,13 @@ class Run:
                     "--precision bf16 in place of fp16"
                 )
 
-    def save_checkpoint(self, name: str, state: TrainingState, data: DataSplits | RetrievalData) -> None:
-        """Write ``checkpoints/<name>.pt``: the state, the config, the class names and the preprocessing.
-
-        It holds tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
-        """
-        if self._log is None:
-            return
-        path = self.directory / "checkpoints" / f"{name}.pt"
-        temporary = path.with_name(path.name + ".tmp")
-        preprocessing = dataclasses.asdict(data.preprocessing)
-        about = {"config": dataclasses.asdict(self.config), "classes": list(data.train.classes)}
-        torch.save(state.state_dict() | about | {"preprocessing": preprocessing}, temporary)
-        temporary.replace(path)
-
-    def finish(self, *, picked_on: str, **about: Any) -> dict[str, Any]:
+    def finish(self, *, pick_by: str, picked_on: str, **about: Any) -> dict[str, Any]:
         """Write ``results.json``, with ``about`` among its values, and close TensorBoard; returns what was written."""
-        assert self.last is not None and self.best is not None
+        best = self.best(pick_by)
+        assert best is not None
         results = {
-            "final": self.last,
-            "best": self.best | {"picked_on": picked_on},
+            "final": self.history[-1],
+            "best": best | {"picked_on": picked_on},
             "config": f"{self.directory / 'config.yaml'}",
             "method": self.config.method,
             "dataset": self.config.dataset,
@@ -221,11 +269,15 @@ class Run:
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "hardware": hardware(),
             "processes": world_size(),
-            "wall_seconds": round(time.time() - self.started, 3),
+            "wall_seconds": round(self.seconds(), 3),
         }
         if self._log is not None:
-            write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
-            self._log.close()
+            try:
+                write_text(self.directory / "results.json", json.dumps(results, indent=2) + "\n")
+            except OSError as error:
+                raise StorageError(f"could not write {self.directory / 'results.json'} ({error.strerror})") from None
+            with self._logging() as log:
+                log.close()
             if self.config.wandb:
                 require_wandb().finish()
         return results

@@ -111,7 +111,7 @@ def test_run_directory(runs: dict[str, Path], method: str) -> None:
     assert results["best"] == measured | {"picked_on": "test set"}
     assert {"versions", "git_commit", "command", "seed", "wall_seconds", "hardware"} <= set(results)
     assert torch.__version__.startswith(results["versions"]["torch"])
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "last-1.pt", "best.pt"}
     assert not list(run.rglob("*.tmp"))
 
 

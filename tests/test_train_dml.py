@@ -82,7 +82,7 @@ def test_run_directory(runs: dict[str, Path], ism: str) -> None:
     assert {"versions", "git_commit", "command", "seed", "wall_seconds", "hardware", "processes"} <= set(results)
     assert results["best"]["picked_on"] == "test set"
     assert results["mix"] == ("none" if ism == "off" else "mixup")
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "last-1.pt", "best.pt"}
     assert not list(run.rglob("*.tmp"))
 
 

@@ -268,11 +268,11 @@ class FfcvLoader(DealtBatches):
                 f"it again with --image-size {self.image_size} and without --max-side"
             )
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch; give a new number for each pass in training."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
         pending: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
         try:
-            for indices in self.batches(epoch):
+            for indices in self.batches(epoch)[start:]:
                 pending.append(self._start(indices, epoch))
                 if len(pending) > BATCHES_AHEAD:
                     yield _finished(*pending.popleft())

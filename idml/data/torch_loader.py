@@ -27,6 +27,7 @@ from idml.data.sampling import (
     train_batches,
 )
 from idml.errors import TrainingError
+from idml.signals import worker_init
 
 EVAL_RESIZE = 256 / 224
 """At evaluation the shorter side becomes this times the input size, then the centre is cropped (He et al. 2016)."""
@@ -45,8 +46,8 @@ class Loader(Protocol):
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The indices of each batch of ``epoch`` on this rank."""
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch; give a new number for each pass in training."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
 
     def global_sizes(self) -> list[int]:
         """Images of each training step of an epoch over all ranks."""
@@ -123,16 +124,16 @@ class _Batches(Dataset):
 
 
 class _EpochBatchSampler:
-    """Yields the batches of ``self.epoch``, each as (epoch, index) pairs so that workers know the epoch."""
+    """Yields the batches of ``self.epoch`` from ``self.start`` on, as (epoch, index) pairs: workers know the epoch."""
 
     def __init__(self, loader: TorchLoader) -> None:
-        self.loader, self.epoch = loader, 0
+        self.loader, self.epoch, self.start = loader, 0, 0
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.loader) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.loader.batches(self.epoch):
+        for batch in self.loader.batches(self.epoch)[self.start :]:
             yield [(self.epoch, int(index)) for index in batch]
 
 
@@ -181,11 +182,14 @@ class TorchLoader(DealtBatches):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=worker_init if workers else None,
+            # Its own, so that starting an epoch anew draws nothing from the generator that training draws from.
+            generator=torch.Generator(),
         )
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch; give a new number for each pass in training."""
-        self._sampler.epoch = epoch
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
+        self._sampler.epoch, self._sampler.start = epoch, start
         yield from self._loader
 
     def images_at(self, indices: Sequence[int]) -> Tensor:

@@ -1,0 +1,94 @@
+"""Signals that ask a run to stop: the step is finished, the state is saved, and the program ends with a known code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Self
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+"""128 + the signal's number, as shells report it; SIGUSR1, sent by clusters before a preemption, counts as SIGTERM."""
+
+SAME_SIGNAL_SECONDS = 1.0
+"""A second SIGINT that comes sooner is the first one again: torchrun passes on what the terminal has already sent."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run.
+
+    Args:
+        number: the signal.
+        message: what was saved, and how to go on.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
+
+    @classmethod
+    def with_code(cls, code: int, message: str) -> Interrupted:
+        """For a rank that another rank's signal stops, of which it knows the exit code."""
+        return cls(next(number for number, own in EXIT_CODES.items() if own == code), message)
+
+
+class StopSignals:
+    """While it is entered, SIGTERM, SIGINT and SIGUSR1 raise ``Interrupted``, or are noted inside ``deferred``.
+
+    A second SIGINT ends the process at once, whatever it is doing. Outside the main thread, where Python takes no
+    signals, entering it does nothing.
+
+    Attributes:
+        received: the first signal that came, or None.
+        message: what is said when one stops the program: what has been saved, once something has.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.message = ""
+        self._received_at = 0.0
+        self._deferred = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals are noted in ``received``; the caller looks at it where it can stop. Not to be nested."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = number, now
+            if self._deferred:
+                # print() is not safe here: the signal may have come in the middle of one.
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"finishing the step, then saving\n")
+        elif number == signal.SIGINT and now - self._received_at > SAME_SIGNAL_SECONDS:
+            os._exit(EXIT_CODES[signal.SIGINT])
+        if not self._deferred:
+            raise Interrupted(self.received, self.message)
+
+
+def worker_init(_worker: int) -> None:
+    """In a loader's worker process: it leaves SIGINT and SIGUSR1 to the main process, and SIGTERM ends it as usual."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
