@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -45,6 +47,10 @@ def run_main(main: Callable[[], None]) -> None:
 
     So does a signal that has stopped a run.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+    threading.excepthook = _quiet_about_tensorboard
     try:
         main()
     except Interrupted as stop:
@@ -58,6 +64,12 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _quiet_about_tensorboard(failure: threading.ExceptHookArgs) -> None:
+    """Threads that fail are told of as usual, but for TensorBoard's: its next call raises the same error."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(failure)
 
 
 def leave(code: int) -> NoReturn:

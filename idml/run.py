@@ -33,6 +33,10 @@ from idml.pictures import as_tensor, save_png
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "ffcv", "tensorboard", "pytorch-metric-learning")
 
 
+QUEUED_EVENTS = 1000
+"""Events that wait for TensorBoard's thread; with a full queue and a thread that has failed, a writer would hang."""
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -121,7 +125,7 @@ class Run:
         if config.wandb:
             start_wandb(directory, dataclasses.asdict(config))
         purge_from = None if stored is None else stored["step"] + 1
-        self._log = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_from)
+        self._log = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_from, max_queue=QUEUED_EVENTS)
 
     def _repair(self) -> None:
         """Bring the files of a run that was cut off to where its checkpoint is: nothing torn, nothing twice."""
@@ -143,7 +147,8 @@ class Run:
         """Warn, once for each file, of something beside checkpoints that could not be written."""
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"could not write {what} in {self.directory} ({error}); training goes on", stacklevel=3)
+            reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            warnings.warn(f"could not write {what} in {self.directory} ({reason}); training goes on", stacklevel=3)
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[SummaryWriter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ DML = [
 ]
 DML += ["--log-every", "1", "--no-verbose", "--no-nmi", "--warm", "1", "--bn-freeze", "0"]
 TIMES = {"seconds", "images_per_second"}
+
+
+def one_fast(names: Iterable[str], fast: str) -> list[Any]:
+    """All of them as parameters, those but ``fast`` marked slow."""
+    return [pytest.param(name, marks=() if name == fast else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture
@@ -117,13 +122,14 @@ def stop_and_go_on(
     same_end(base / "undisturbed", base / "stopped")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_fast(METHODS, "idml-cutmix"))
 def test_every_method(tmp_path: Path, stop_after: Callable[..., None], method: str) -> None:
     """In the middle of an epoch, at its end, and within another one, with an average of the weights."""
     arguments = [*CLS, "--method", method, "--ema-decay", "0.9"]
     stop_and_go_on(train_cls.main, arguments, tmp_path, stop_after, [3, 6, 10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["torch", "ffcv"])
 def test_both_loaders_and_random_depth(
     tmp_path: Path, image_folder: Path, stop_after: Callable[..., None], loader: str
@@ -136,7 +142,7 @@ def test_both_loaders_and_random_depth(
     stop_and_go_on(train_cls.main, arguments, tmp_path, stop_after, [2, 7])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", one_fast(LOSSES, "Proxy_Anchor"))
 def test_every_retrieval_loss(tmp_path: Path, stop_after: Callable[..., None], loss: str) -> None:
     """Within the warm-up of the heads, at its end, and after it."""
     pairs = ["--IPC", "4"] if LOSSES[loss].needs_pairs else []

@@ -133,7 +133,9 @@ def fingerprint(dataset: ImageDataset) -> str:
             status = os.stat(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        digest.update(f"{str(path)[start:]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{str(path)[start:]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 

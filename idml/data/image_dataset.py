@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
+
+# Pillow's warning of large images; ``check_pixels`` makes an error of them, where files are read in threads, too.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -95,13 +99,29 @@ class DataSplits:
     preprocessing: Preprocessing
 
 
+def check_pixels(image: Image.Image) -> None:
+    """ValueError for an opened, not yet decoded image of so many pixels that it may be a decompression bomb."""
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million; it may be a "
+            "decompression bomb"
+        )
+
+
 def read_rgb(path: Path) -> Image.Image:
-    """The file as an RGB image; grey, CMYK, RGBA and palette images are converted.
+    """The file as an RGB image; grey (also of 16 bits), CMYK, RGBA and palette images are converted.
+
+    Of an animation it is the first picture.
 
     Raises:
-        OSError, ValueError, SyntaxError or Image.DecompressionBombError, as Pillow does, when it does not decode.
+        OSError, ValueError, SyntaxError or Image.DecompressionBombError, as Pillow does, when it does not decode; also
+        ValueError when it is too large.
     """
     with Image.open(path) as image:
+        check_pixels(image)
+        if image.mode.startswith("I;16"):  # Pillow would cut all values off at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 

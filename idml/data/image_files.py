@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from idml.data.image_dataset import ImageDataset
+from idml.data.image_dataset import ImageDataset, check_pixels
 from idml.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -29,16 +29,17 @@ def list_class_folders(folder: Path, *, layout: str) -> ImageDataset:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; expected {layout}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
+    names = sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith("."))
+    if not names:
         raise UserError(f"no class folders in {folder}; expected {layout}")
+    classes = [printable(name) for name in names]
     paths: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         files = [
             Path(parent, file)
-            for parent, _, names in os.walk(folder / name)
-            for file in names
+            for parent, _, below in os.walk(folder / name, onerror=_unreadable)
+            for file in below
             if not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
         ]
         if not files:
@@ -50,15 +51,44 @@ def list_class_folders(folder: Path, *, layout: str) -> ImageDataset:
     return ImageDataset(labels=np.array(labels, np.int64), classes=tuple(classes), paths=tuple(paths))
 
 
+def printable(name: str) -> str:
+    """The name of a file or folder as text that can be written anywhere: other characters and bytes are escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in name
+    )
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link that leads nowhere, or in circles, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def decoding_error(path: Path) -> str | None:
     """Why the file cannot be decoded to its last byte, or None. A JPEG is decoded small, which reads all of it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.draft("RGB", (1, 1))
-                image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        if path.exists() and not path.is_file():
+            return "not a file"  # a pipe would be waited for
+        with Image.open(path) as image:
+            check_pixels(image)
+            image.draft("RGB", (1, 1))
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
     return None
 

@@ -133,9 +133,15 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _files_in(folder: Path) -> set[str]:
+    def is_file(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_file()
+        except OSError:  # a link that leads in circles
+            return False
+
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            return {entry.name for entry in entries if is_file(entry)}
     except OSError:
         return set()
 
@@ -189,7 +195,9 @@ def retrieval_data(listing: Listing, config: DmlConfig, *, check_files: bool) ->
         UserError: something is wrong with the lists, counts or files; all of it in one message.
     """
     problems = split_problems(listing)
-    if missing := missing_files(record.path for record in listing.records):
+    # A user's own files are all decoded, and then those that are missing are left out with the bad ones.
+    skips_missing = check_files and config.skip_bad_images
+    if not skips_missing and (missing := missing_files(record.path for record in listing.records)):
         problems.append(f"{len(missing)} of {len(listing.records)} images are missing: {first_ten(missing)}")
     if problems:
         raise UserError(

@@ -1,0 +1,126 @@
+"""Signals sent to real processes: the step is finished, the state saved, the exit code as documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_resume import CLS, same_end
+from tests.test_train_cls import ROOT
+
+LONG = [*CLS, "--epochs", "400", "--threads", "1"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def start(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+    """The training script, really started; with ``processes`` above 1 through torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "train_cls.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    """Until ``metrics.jsonl`` has so many epochs."""
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)],
+    ids=lambda value: str(value),
+)
+def test_a_signal_saves_and_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = tmp_path / "run"
+    program = start(*LONG, "--output-dir", str(run))
+    wait_for_lines(run / "metrics.jsonl", 2)
+    sent = time.monotonic()
+    program.send_signal(number)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == code
+    assert time.monotonic() - sent < 30
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("stopped after step ") and f"--resume {run}" in last
+    assert not (run / "results.json").exists()
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line)
+
+
+def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # One step of an epoch takes many seconds.
+    slow = ["--dataset", "fashion-mnist-mini", "--model", "resnet56_cifar", "--batch-size", "2000", "--no-verbose"]
+    program = start(*slow, "--threads", "1", "--output-dir", str(run))
+    while not (run / "checkpoints/last.pt").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    program.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert program.poll() is None, "it finishes its step"
+    program.send_signal(signal.SIGINT)
+    _, errors = program.communicate(timeout=5)
+    assert program.returncode == 130
+    assert "finishing the step, then saving" in errors and "stopped after" not in errors
+
+
+def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:
+    program = start(*LONG, "--output-dir", str(tmp_path / "run"))
+    time.sleep(0.3)  # importing
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=30) in (143, -signal.SIGTERM)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+    """SIGTERM to torchrun: both ranks stop after the same step; gone on with, the run ends like an undisturbed one."""
+    options = [*CLS, "--epochs", "12", "--threads", "1", "--bn-freeze"]
+    whole = start(*options, "--output-dir", str(tmp_path / "undisturbed"), processes=2)
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    run = tmp_path / "stopped"
+    program = start(*options, "--output-dir", str(run), processes=2)
+    wait_for_lines(run / "metrics.jsonl", 2)
+    sent = time.monotonic()
+    program.send_signal(signal.SIGTERM)
+    _, errors = program.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert "stopped after step" in errors
+    assert not (run / "results.json").exists()
+    again = start(*options, "--output-dir", str(run), "--resume", "auto", processes=2)
+    output, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert "going on from" in output
+    same_end(tmp_path / "undisturbed", run)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_by_itself(tmp_path: Path) -> None:
+    """A rank that dies is started again by ``--max-restarts``, and ``--resume auto`` goes on from what was saved."""
+    options = [*CLS, "--epochs", "30", "--threads", "1", "--bn-freeze", "--resume", "auto"]
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    command = [*torchrun, str(ROOT / "train_cls.py"), *options, "--output-dir", str(run)]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    wait_for_lines(run / "metrics.jsonl", 2)
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, errors = program.communicate(timeout=400)
+    assert program.returncode == 0, errors
+    assert output.count("going on from") == 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 31))
+    assert (run / "results.json").exists()
