@@ -208,6 +208,8 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path} has no array {expected}; it has {', '.join(file.files) or 'none'}")
             for name in PACK_ARRAYS:
                 arrays[name] = file[name]
+                if not isinstance(arrays[name], np.ndarray):  # numpy gives the bytes of a member that is no array
+                    raise ValueError("it is no array")
     except UserError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
