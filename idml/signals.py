@@ -51,16 +51,24 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.message = ""
-        self._received_at = 0.0
         self._deferred = False
+        self._read = self._write = self._wakeup_before = -1
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            threading.Thread(target=_end_on_second_sigint, args=(self._read,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if not self._before:
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write)  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -75,16 +83,31 @@ class StopSignals:
             self._deferred = False
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self.received is None:
-            self.received, self._received_at = number, now
+            self.received = number
             if self._deferred:
                 # print() is not safe here: the signal may have come in the middle of one.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"finishing the step, then saving\n")
-        elif number == signal.SIGINT and now - self._received_at > SAME_SIGNAL_SECONDS:
-            os._exit(EXIT_CODES[signal.SIGINT])
         if not self._deferred:
             raise Interrupted(self.received, self.message)
+
+
+def _end_on_second_sigint(signals: int) -> None:
+    """In a thread of its own, since Python calls handlers only between two steps of the main thread, which may be long.
+
+    Args:
+        signals: descriptor from which the numbers of signals are read, until it is closed on the other side.
+    """
+    first: float | None = None
+    while received := os.read(signals, 1):
+        if received[0] not in {int(number) for number in EXIT_CODES}:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif received[0] == signal.SIGINT and now - first > SAME_SIGNAL_SECONDS:
+            os._exit(EXIT_CODES[signal.SIGINT])
+    os.close(signals)
 
 
 def worker_init(_worker: int) -> None:

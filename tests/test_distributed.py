@@ -81,12 +81,12 @@ import os, sys
 import train_cls
 from idml.errors import TrainingError, run_main
 original = train_cls.step
-def step(state, batch, config, global_size):
+def step(state, guard, batch, config, global_size):
     with open(f"lam-{os.environ['RANK']}", "a") as file:
         file.write(f"{float(batch.lam)}\\n")
     if os.environ.get("BREAK") == os.environ["RANK"] and state.step == 2:
         raise TrainingError("this rank broke")
-    return original(state, batch, config, global_size)
+    return original(state, guard, batch, config, global_size)
 train_cls.step = step
 run_main(train_cls.main)
 """

@@ -87,13 +87,13 @@ import os, sys
 import torch, train_dml
 from idml.errors import run_main
 original = train_dml.step
-def step(state, images, batch, config, global_size):
-    loss = original(state, images, batch, config, global_size)
+def step(state, guard, images, batch, config, global_size):
+    original(state, guard, images, batch, config, global_size)
+    loss = state.epoch_losses[-1]
     proxies = state.loss.proxies.detach()
     torch.save({"proxies": proxies.clone(), "lam": batch.lam, "loss": loss, "images": images[:1].clone(),
                 "head": state.model.semantic_head.weight.detach().clone()},
                f"step-{state.step}-rank-{os.environ['RANK']}.pt")
-    return loss
 train_dml.step = step
 run_main(train_dml.main)
 """

@@ -39,7 +39,11 @@ def wait_for_lines(path: Path, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 143, marks=pytest.mark.slow),
+    ],
     ids=lambda value: str(value),
 )
 def test_a_signal_saves_and_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
