@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from augment import (
     MixedBatch,
@@ -53,6 +51,8 @@ from idml.data.cls_loaders import ClsLoaders, build_cls_loaders
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
 from idml.data.torch_loader import Loader
+from idml.environment import hardware
+from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
 from idml.evaluation import Evaluation, evaluate, probe_uncertainty
 from idml.metrics.classification import classification_metrics
@@ -61,7 +61,7 @@ from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_histograms, write_confusion
 from idml.resume import check_same_run, planned_steps
-from idml.run import Run, default_run_directory, hardware
+from idml.run import Run, default_run_directory
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.saving import Saver
 from idml.signals import StopSignals
@@ -166,11 +166,11 @@ def train(
     test: Evaluation | None = None
     while state.step < total_steps or state.epoch_losses:
         with signals.deferred():
-            speed = train_epoch(state, loaders.train, config, data, saver, total_steps)
+            speed = train_epoch(config, data, loaders.train, saver, total_steps)
             saver.save()
         saver.stop_if_asked()
         metrics, test = evaluate_epoch(config, data, loaders, state)
-        run.check_finite("test loss", [metrics["loss"] + metrics["nll"]], [metrics["lr"]], state.step - 1)
+        run.check_finite("test loss", metrics["loss"] + metrics["nll"], state.step)
         metrics |= speed
         with signals.deferred():
             saver.end_epoch(metrics, pick_by=pick_by)
@@ -221,42 +221,22 @@ def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module
 
 
 def train_epoch(
-    state: TrainingState, loader: Loader, config: ClsConfig, data: DataSplits, saver: Saver, total_steps: int
+    config: ClsConfig, data: DataSplits, loader: Loader, saver: Saver, total_steps: int
 ) -> dict[str, float]:
     """What is left of a pass over the training images, ending early at ``total_steps``; returns its speed."""
+    state, size = saver.state, progressive_size(config, saver.state.epoch)
     state.network.train()
     if config.bn_freeze:
         freeze_batch_norm(state.model)
-    run, guard = saver.run, FiniteGuard(saver.run, state, loader)
-    size, done = progressive_size(config, state.epoch), len(state.epoch_losses)
-    sizes = loader.global_sizes()[done:]
-    quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
-    batches = loader.epoch(state.epoch, start=done) if state.step < total_steps else iter(())
-    progress = tqdm(batches, f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet, initial=done)
-    started = time.perf_counter()
-    for (images, labels), global_size in zip(progress, sizes, strict=False):
-        images, labels = images.to(state.device, non_blocking=True), labels.to(state.device, non_blocking=True)
+
+    def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
         images = images if size is None else resize(images, size)
         batch = augment_and_mix(images, labels, config, data.preprocessing, state.generator)
-        rate = state.learning_rate
         step(state, guard, batch, config, global_size)
-        if batch.labels_b is not batch.labels_a and not run.has_picture("mixed"):
-            draw_mixed(run, batch, data, state.step)
-        # Reading the loss makes a GPU wait, so it is done now and then.
-        if state.device.type == "cpu" or state.step % config.log_every == 0:
-            guard.check()
-        if state.step % config.log_every == 0:
-            loss = distributed.all_reduce_sum(state.epoch_losses[-1]).item()
-            run.log_scalar("step/loss", loss, state.step)
-            run.log_scalar("step/lr", rate, state.step)
-            progress.set_postfix(loss=f"{loss:.3f}")
-        saver.after_step(guard.check)
-        if state.step == total_steps:
-            break
-    guard.check()
-    seconds = time.perf_counter() - started
-    images_seen = sum(sizes[: len(state.epoch_losses) - done])
-    return {"images_per_second": round(images_seen / max(seconds, 1e-9), 1), "seconds": round(seconds, 2)}
+        if batch.labels_b is not batch.labels_a and not saver.run.has_picture("mixed"):
+            draw_mixed(saver.run, batch, data, state.step)
+
+    return run_epoch(saver, loader, total_steps, take_step)
 
 
 def step(state: TrainingState, guard: FiniteGuard, batch: MixedBatch, config: ClsConfig, global_size: int) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from augment import (
     MixedBatch,
@@ -48,6 +46,8 @@ from idml.config_dml import DmlConfig, parse_dml_config
 from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
+from idml.environment import hardware
+from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.models import EmbedderOutput, IntrospectiveEmbedder
@@ -56,7 +56,7 @@ from idml.optim import build_dml_optimizer, build_dml_schedule
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, embed, search
-from idml.run import Run, default_run_directory, hardware
+from idml.run import Run, default_run_directory
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.saving import Saver
 from idml.signals import StopSignals
@@ -212,7 +212,7 @@ def train(
                 parameter.requires_grad_(state.epoch >= config.warm)
             state.network = wrap(model, config)
         with signals.deferred():
-            speed = train_epoch(state, loaders, config, data, saver, total_steps)
+            speed = train_epoch(config, data, loaders, saver, total_steps)
             saver.save()
         saver.stop_if_asked()
         distributed.copy_from_main(model.buffers())  # batch norm's running figures differ by rank
@@ -221,7 +221,7 @@ def train(
         metrics |= {"train_loss": state.mean_epoch_loss(), **speed}
         if last or (state.epoch + 1) % config.eval_every == 0:
             tested, found = evaluate_model(config, data, model, loaders, last=last)
-            run.check_finite("test embedding", [tested.semantic.abs().max()], [metrics["lr"]], state.step - 1)
+            run.check_finite("test embedding", tested.semantic.abs().max().item(), state.step)
             metrics |= found.metrics
             if config.ism != "off":
                 metrics["uncertainty_test"] = tested.uncertainty.mean().item()
@@ -281,40 +281,19 @@ def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
 
 
 def train_epoch(
-    state: TrainingState, loaders: DmlLoaders, config: DmlConfig, data: RetrievalData, saver: Saver, total_steps: int
+    config: DmlConfig, data: RetrievalData, loaders: DmlLoaders, saver: Saver, total_steps: int
 ) -> dict[str, float]:
     """What is left of a pass over the training images, ending early at ``total_steps``; returns its speed."""
+    state = saver.state
     state.network.train()
     if config.bn_freeze:
         freeze_batch_norm(state.model)
-    loader, run = loaders.train, saver.run
-    guard, done = FiniteGuard(run, state, loader), len(state.epoch_losses)
-    sizes = loader.global_sizes()[done:]
-    quiet = None if config.verbose and distributed.is_main() else True  # None: quiet unless it writes to a terminal
-    batches = loader.epoch(state.epoch, start=done) if state.step < total_steps else iter(())
-    progress = tqdm(batches, f"epoch {state.epoch + 1}", len(loader), leave=False, disable=quiet, initial=done)
-    started = time.perf_counter()
-    for (images, labels), global_size in zip(progress, sizes, strict=False):
-        images, labels = images.to(state.device, non_blocking=True), labels.to(state.device, non_blocking=True)
+
+    def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
         images = augment(images, config, data, state.generator, global_size)
-        batch = mix(images, labels, config, state.generator, global_size)
-        rate = state.learning_rate
-        step(state, guard, images, batch, config, global_size)
-        # Reading the loss makes a GPU wait, so it is done now and then.
-        if state.device.type == "cpu" or state.step % config.log_every == 0:
-            guard.check()
-        if state.step % config.log_every == 0:
-            loss = state.epoch_losses[-1].item()
-            run.log_scalar("step/loss", loss, state.step)
-            run.log_scalar("step/lr", rate, state.step)
-            progress.set_postfix(loss=f"{loss:.3f}")
-        saver.after_step(guard.check)
-        if state.step == total_steps:
-            break
-    guard.check()
-    seconds = time.perf_counter() - started
-    images_seen = sum(sizes[: len(state.epoch_losses) - done])
-    return {"images_per_second": round(images_seen / max(seconds, 1e-9), 1), "seconds": round(seconds, 2)}
+        step(state, guard, images, mix(images, labels, config, state.generator, global_size), config, global_size)
+
+    return run_epoch(saver, loaders.train, total_steps, take_step)
 
 
 def step(

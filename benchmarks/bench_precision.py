@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from idml.environment import git_commit, hardware, versions
 from idml.models import IntrospectiveClassifier
 from idml.optim import SGD
-from idml.run import git_commit, hardware, versions
 from idml.runtime import autocast, choose_device, place_model
 
 

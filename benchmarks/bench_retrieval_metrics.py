@@ -39,9 +39,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from idml.environment import git_commit, hardware, versions
 from idml.metrics import retrieval, retrieval_metrics
 from idml.metrics.clustering import agreement
-from idml.run import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "retrieval-metrics.json"
 

@@ -26,8 +26,8 @@ import torch
 
 from idml.config_dml import parse_dml_config
 from idml.data.retrieval_datasets import read_retrieval_data
+from idml.environment import hardware, versions
 from idml.metrics import retrieval_metrics
-from idml.run import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,6 +15,20 @@ import torch
 from idml.checkpoint import read_checkpoint
 from idml.errors import UserError
 
+TO_GO_ON = (
+    "optimizer",
+    "schedule",
+    "scaler",
+    "random",
+    "epoch_losses",
+    "epoch",
+    "step",
+    "train_images",
+    "history",
+    "seconds",
+)
+"""What a checkpoint has beside the model, for its run to be gone on with."""
+
 
 def write_checkpoint(path: Path, content: dict[str, Any], *, keep: int = 1) -> None:
     """Write a checkpoint beside its place, flush it to disk, and rename it into place.
@@ -86,7 +100,10 @@ def read_verified(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged: {error}") from None
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    return read_checkpoint(path)
+    content = read_checkpoint(path)
+    if missing := [key for key in TO_GO_ON if key not in content]:
+        raise UserError(f"{path} has a model, but not what is needed to go on with its run: no {', '.join(missing)}")
+    return content
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -139,9 +139,8 @@ def parse_cls_config(argv: Sequence[str], *, description: str) -> tuple[ClsConfi
     translated, argv = translate_cutmix_flags(argv)
     file, flags, print_config = parse_command_line(ClsConfig, argv, prog="train_cls.py", description=description)
     layers = [_expand_method(file, "--config"), translated, _expand_method(flags, "command line")]
-    path, layer = resumed_layer(file | flags)
-    known = {field.name for field in dataclasses.fields(ClsConfig)}
-    layers.insert(0, {name: value for name, value in layer.items() if name in known})
+    path, layer = resumed_layer(ClsConfig, file | flags)
+    layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
     config = build_config(ClsConfig, dict(item for layer in layers for item in layer.items()))

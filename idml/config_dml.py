@@ -129,9 +129,8 @@ def parse_dml_config(argv: Sequence[str], *, description: str) -> tuple[DmlConfi
     """
     file, flags, print_config = parse_command_line(DmlConfig, argv, prog="train_dml.py", description=description)
     layers = [file, flags]
-    path, layer = resumed_layer(file | flags)
-    known = {field.name for field in dataclasses.fields(DmlConfig)}
-    layers.insert(0, {name: value for name, value in layer.items() if name in known})
+    path, layer = resumed_layer(DmlConfig, file | flags)
+    layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
     config = build_config(DmlConfig, dict(item for layer in layers for item in layer.items()))

@@ -54,8 +54,8 @@ MAY_CHANGE = {
 """Options that a run may be gone on with another value of. The images are compared by themselves."""
 
 
-def find_checkpoint(resume: str, output_dir: str | None) -> Path | None:
-    """The checkpoint that ``--resume`` means; None for ``auto`` where there is none yet.
+def find_checkpoint(resume: str, output_dir: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that ``--resume`` means, and what it holds; None for ``auto`` where there is none yet.
 
     Raises:
         UserError: there is no such file or directory, or what is there cannot be read.
@@ -63,28 +63,31 @@ def find_checkpoint(resume: str, output_dir: str | None) -> Path | None:
     if resume == "auto":
         if output_dir is None:
             raise UserError("--resume auto goes on with the run in --output-dir DIR, which was not given")
-        found = newest_checkpoint(Path(output_dir))
-        return None if found is None else found[0]
+        return newest_checkpoint(Path(output_dir))
     path = Path(resume)
     if path.is_dir():
         found = newest_checkpoint(path)
         if found is None:
             raise UserError(f"--resume {path}: there is no checkpoint in {path / 'checkpoints'}")
-        return found[0]
+        return found
     if not path.exists():
         raise UserError(f"--resume {path}: expected auto, a run directory or a checkpoint file; there is no such path")
-    return path
+    return path, read_verified(path)
 
 
-def resumed_layer(values: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+def resumed_layer(config_class: type, values: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
     """What the checkpoint of ``--resume`` contributes to the config, below everything that was given.
 
     Args:
+        config_class: of the script that is to go on.
         values: what was given on the command line and in ``--config``.
 
     Returns:
         (the checkpoint, None where there is none to go on from; the options it was trained with, ``output_dir`` being
         its run directory).
+
+    Raises:
+        UserError: there is nothing to go on from, or it is a run of the other script.
     """
     resume = values.get("resume")
     if resume is None:
@@ -94,12 +97,19 @@ def resumed_layer(values: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any
     directory = values.get("output_dir")
     if directory is None and values.get("expname") is not None:
         directory = str(Path("runs") / values["expname"])
-    path = find_checkpoint(resume, directory)
-    if path is None:
+    found = find_checkpoint(resume, directory)
+    if found is None:
         return None, {}
-    layer = dict(read_verified(path)["config"])
+    path, checkpoint = found
+    known = {field.name for field in dataclasses.fields(config_class)}
+    stored = checkpoint["config"]
+    if ("loss" in stored) != ("loss" in known):  # only a retrieval run has one to choose
+        script = "train_dml.py" if "loss" in stored else "train_cls.py"
+        raise UserError(f"{path} is a checkpoint of {script}; go on with that script")
+    layer = {name: value for name, value in stored.items() if name in known}
     layer["output_dir"] = str(path.resolve().parent.parent if resume != "auto" else directory)
-    layer["expname"] = None
+    if "expname" in layer:
+        layer["expname"] = None  # the directory is known already
     return path, layer
 
 

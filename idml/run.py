@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -20,51 +17,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from idml.config import dump_config
 from idml.distributed import is_main, world_size
+from idml.environment import git_commit, hardware, versions
 from idml.errors import StorageError, TrainingError, UserError
 from idml.pictures import as_tensor, save_png
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "ffcv", "tensorboard", "pytorch-metric-learning")
-
-
 QUEUED_EVENTS = 1000
 """Events that wait for TensorBoard's thread; with a full queue and a thread that has failed, a writer would hang."""
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of this source tree, with ``-dirty`` when it has changes; None outside a git checkout."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,11 +39,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def epoch_json(metrics: Mapping[str, Any]) -> str:
-    """An epoch's line in ``metrics.jsonl``, without its end."""
-    return json.dumps(metrics)
 
 
 class Run:
@@ -130,7 +89,7 @@ class Run:
     def _repair(self) -> None:
         """Bring the files of a run that was cut off to where its checkpoint is: nothing torn, nothing twice."""
         (self.directory / "results.json").unlink(missing_ok=True)
-        lines = "".join(epoch_json(metrics) + "\n" for metrics in self.history)
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
         path = self.directory / "metrics.jsonl"
         if self.history and (not path.exists() or path.read_bytes() != lines.encode()):
             write_text(path, lines)
@@ -208,7 +167,7 @@ class Run:
         metrics = self.history[-1]
         try:
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(epoch_json(metrics) + "\n")
+                file.write(json.dumps(metrics) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -244,17 +203,13 @@ class Run:
         """Whether ``pictures/<name>.png`` has been drawn, or is not this rank's to draw."""
         return self._log is None or (self.directory / "pictures" / f"{name}.png").exists()
 
-    def check_finite(
-        self, what: str, values: Sequence[Tensor | float], rates: Sequence[float], first_step: int
-    ) -> None:
-        """TrainingError at the first value that is infinite or not a number, with its step and learning rate."""
-        for offset, value in enumerate(values):
-            if not math.isfinite(float(value)):
-                raise TrainingError(
-                    f"non-finite {what} ({float(value)}) at step {first_step + offset + 1}, learning rate "
-                    f"{rates[offset]:.3g}; the last finite checkpoint is {self.last_checkpoint}. Try a lower --lr, or "
-                    "--precision bf16 in place of fp16"
-                )
+    def check_finite(self, what: str, value: float, step: int) -> None:
+        """TrainingError if a figure of the evaluation after ``step`` is infinite or not a number."""
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"non-finite {what} ({value}) after step {step}; the last finite checkpoint is {self.last_checkpoint}. "
+                "Try a lower --lr, or --precision bf16 in place of fp16"
+            )
 
     def finish(self, *, pick_by: str, picked_on: str, **about: Any) -> dict[str, Any]:
         """Write ``results.json``, with ``about`` among its values, and close TensorBoard; returns what was written."""
@@ -286,19 +241,6 @@ class Run:
             if self.config.wandb:
                 require_wandb().finish()
         return results
-
-
-def hardware() -> str:
-    """The machine in words: GPU if there is one, else processor and torch's thread count."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux: the name from platform stands
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
 
 
 def require_wandb() -> ModuleType:

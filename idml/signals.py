@@ -52,16 +52,16 @@ class StopSignals:
         self.received: int | None = None
         self.message = ""
         self._deferred = False
-        self._read = self._write = self._wakeup_before = -1
+        self._write = self._wakeup_before = -1
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
-            self._read, self._write = os.pipe()
+            read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            threading.Thread(target=_end_on_second_sigint, args=(self._read,), daemon=True, name="signals").start()
+            threading.Thread(target=_end_on_second_sigint, args=(read,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -66,14 +66,19 @@ class TrainingState:
 
     def mean_epoch_loss(self) -> float:
         """Mean loss of the epoch's steps so far, over all ranks; steps that were left out (not finite) do not count."""
-        losses = self._whole_losses()
+        losses = self._over_ranks(self.epoch_losses)
         return losses[losses.isfinite()].mean().item()
 
-    def _whole_losses(self) -> Tensor:
-        if not self.epoch_losses:
+    def last_loss(self) -> float:
+        """Loss of the last step, over all ranks."""
+        return self._over_ranks(self.epoch_losses[-1:]).item()
+
+    def _over_ranks(self, losses: list[Tensor]) -> Tensor:
+        """(n,) losses of whole batches; to be called on every rank."""
+        if not losses:
             return torch.zeros(0)
-        losses = torch.stack(self.epoch_losses)
-        return distributed.all_reduce_sum(losses) if self.own_share else losses
+        stacked = torch.stack(losses)
+        return distributed.all_reduce_sum(stacked) if self.own_share else stacked
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it back.
@@ -88,7 +93,7 @@ class TrainingState:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": distributed.gather_objects(random_state(self.generator, self.device)),
-            "epoch_losses": self._whole_losses().cpu(),
+            "epoch_losses": self._over_ranks(self.epoch_losses).cpu(),
             "epoch": self.epoch,
             "step": self.step,
         }

@@ -19,7 +19,7 @@ import torch
 import train_cls
 import train_dml
 from idml import checkpoint_files
-from idml.checkpoint_files import read_verified, write_checkpoint
+from idml.checkpoint_files import TO_GO_ON, read_verified, write_checkpoint
 from idml.errors import TrainingError, UserError
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.saving import estimated_bytes
@@ -132,7 +132,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.pt"
-    content = {"model": {"w": torch.arange(10)}, "config": {}, "classes": [], "preprocessing": {}, "step": 1}
+    content = {"model": {"w": torch.arange(10)}, "config": {}, "classes": [], "preprocessing": {}}
+    content |= dict.fromkeys(TO_GO_ON, 1)
     write_checkpoint(path, content, keep=2)
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
-
-# Pillow's warning of large images; ``check_pixels`` makes an error of them, where files are read in threads, too.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
