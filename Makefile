@@ -1,6 +1,6 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dml test test-faults lint ffcv-wheel
+.PHONY: help install demo demo-dml test test-faults audit lint ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
@@ -8,9 +8,10 @@ DEMO_DML := runs/demo-dml
 
 help:
 	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
-	@echo "make demo-dml  train plain and introspective retrieval on real images (about 4 minutes) and compare them"
+	@echo "make demo-dml  train plain and introspective retrieval on real images (about 3 minutes) and compare them"
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
 	@echo "make test-faults  kill runs and damage files, all cases (about half an hour)"
+	@echo "make audit     known vulnerabilities of the versions in requirements.lock"
 	@echo "make install   only make .venv"
 	@echo "make ffcv-wheel  a wheel of FFCV with its libraries inside, for machines where you are not root"
 
@@ -45,3 +46,6 @@ test: lint
 
 test-faults: install
 	FAULTS=full OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests/faults
+
+audit: install
+	@.ci/audit

@@ -58,12 +58,25 @@ def run_main(main: Callable[[], None]) -> None:
             print(" ".join(str(stop).split()), file=sys.stderr, flush=True)
         leave(stop.exit_code)
     except (UserError, TrainingError, StorageError) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _say(str(error))
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        # Torch raises it in the main thread, wherever that is, when it hears of the end of a loader's process.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        advice = "killed processes are mostly short of memory: give fewer --workers, then go on with --resume"
+        _say(f"a process that reads images has died: {error} ({advice})")
+        sys.stdout.flush()
+        os._exit(EXIT_TRAINING_FAILED)  # an orderly exit ends the other processes, and torch raises this for each
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _say(error: str) -> None:
+    """The one line on stderr."""
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"error{rank}: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
 def _quiet_about_tensorboard(failure: threading.ExceptHookArgs) -> None:

@@ -14,9 +14,10 @@ from PIL import Image
 
 import train_cls
 import train_dml
-from idml.data.image_dataset import read_rgb
+from idml.data.image_dataset import ImageDataset, read_rgb
 from idml.data.image_files import list_class_folders, printable
-from idml.errors import UserError
+from idml.data.torch_loader import TorchLoader
+from idml.errors import TrainingError, UserError
 
 OPTIONS = [
     "--dataset",
@@ -184,3 +185,14 @@ def test_names_as_text() -> None:
     assert printable("Grün ✓ 猫") == "Grün ✓ 猫"
     assert printable("a\tb\n\x00") == "a\\tb\\n\\x00"
     assert printable(os.fsdecode(b"\xff")) == "\\udcff"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_breaks_during_training_is_named(image_folder: Path, workers: int) -> None:
+    paths = tuple(sorted((image_folder / "train/bag").iterdir()))
+    paths[3].write_bytes(paths[3].read_bytes()[:200])
+    dataset = ImageDataset(labels=np.zeros(len(paths), np.int64), classes=("bag",), paths=paths)
+    loader = TorchLoader(dataset, batch_size=4, image_size=16, train=True, workers=workers)
+    with pytest.raises(TrainingError, match=r"003\.png could not be read during training: ") as caught:
+        list(loader.epoch(0))
+    assert "Traceback" not in str(caught.value)

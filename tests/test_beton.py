@@ -346,3 +346,26 @@ def test_command_mistakes(in_tmp: Path, arguments: list[str], message: str) -> N
         ffcv_write(arguments)
     assert message in str(caught.value)
     assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["raw", "unchanged"])
+def test_truncated_at_any_offset_is_one_line(
+    tmp_path: Path, small: ImageDataset, files: ImageDataset, mode: str
+) -> None:
+    """By its length, and where the sidecar was made to agree with that, by what is inside."""
+    dataset = small if mode == "raw" else files
+    path = tmp_path / "x.beton"
+    write(dataset, path, BetonSettings(mode=mode))
+    whole, sidecar = path.read_bytes(), json.loads(sidecar_path(path).read_text())
+    ends = range(max(len(whole) - 100, 0), len(whole))
+    offsets = sorted({*range(0, 100, 9), *np.linspace(0, len(whole) - 1, 80).astype(int).tolist(), *ends})
+    for offset in offsets:
+        path.write_bytes(whole[:offset])
+        with pytest.raises(UserError, match="truncated or was replaced"):
+            check_beton(path, dataset.classes, len(dataset))
+        sidecar_path(path).write_text(json.dumps(sidecar | {"bytes": offset}))
+        with pytest.raises(UserError, match="is damaged; write it again"):
+            import_ffcv().open_beton(path)
+        sidecar_path(path).write_text(json.dumps(sidecar))
+    path.write_bytes(whole)
+    assert len(import_ffcv().open_beton(path).labels) == len(dataset)

@@ -37,6 +37,11 @@ def wait_for_lines(path: Path, count: int) -> None:
         time.sleep(0.05)
 
 
+def children(pid: int) -> list[int]:
+    """Processes that the main thread of this one has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -88,6 +93,21 @@ def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_worker_that_dies_says_why(tmp_path: Path, image_folder: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--dataset", "folder", "--data-dir", str(image_folder), "--loader", "torch", "--workers", "1"]
+    options += ["--model", "resnet8_cifar", "--image-size", "16", "--batch-size", "8", "--epochs", "400"]
+    program = start(*options, "--no-verbose", "--threads", "1", "--output-dir", str(run))
+    wait_for_lines(run / "metrics.jsonl", 2)
+    os.kill(children(program.pid)[0], signal.SIGKILL)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: a process that reads images has died: DataLoader worker (pid")
+    assert "fewer --workers" in line and "--resume" in line
+    assert "RuntimeError" not in errors
+
+
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
     """SIGTERM to torchrun: both ranks stop after the same step; gone on with, the run ends like an undisturbed one."""
@@ -120,8 +140,7 @@ def test_torchrun_restarts_by_itself(tmp_path: Path) -> None:
     command = [*torchrun, str(ROOT / "train_cls.py"), *options, "--output-dir", str(run)]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     wait_for_lines(run / "metrics.jsonl", 2)
-    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children(program.pid)[-1], signal.SIGKILL)
     output, errors = program.communicate(timeout=400)
     assert program.returncode == 0, errors
     assert output.count("going on from") == 1

@@ -97,8 +97,15 @@ class _Batches(Dataset):
     def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int) -> None:
         self.dataset, self.image_size, self.train, self.seed = dataset, image_size, train, seed
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        epoch, indices = keys[0][0], np.array([index for _, index in keys])
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | TrainingError:
+        # An error is handed over and raised by ``TorchLoader``: torch would wrap it in a worker's traceback.
+        try:
+            return self.fetch(keys[0][0], np.array([index for _, index in keys]))
+        except TrainingError as error:
+            return error
+
+    def fetch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) uint8 and labels (B,)."""
         labels = torch.from_numpy(self.dataset.labels[indices])
         if self.dataset.images is not None:
             images = torch.from_numpy(self.dataset.images[indices]).permute(0, 3, 1, 2)
@@ -190,8 +197,11 @@ class TorchLoader(DealtBatches):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
         self._sampler.epoch, self._sampler.start = epoch, start
-        yield from self._loader
+        for batch in self._loader:
+            if isinstance(batch, TrainingError):
+                raise batch
+            yield batch
 
     def images_at(self, indices: Sequence[int]) -> Tensor:
         """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
-        return self._fetch.__getitems__([(0, int(index)) for index in indices])[0]
+        return self._fetch.fetch(0, np.array(indices))[0]
