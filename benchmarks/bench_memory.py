@@ -98,10 +98,12 @@ def main() -> None:
         folder = Path(name)
         write_images(folder / "photos", arguments.images)
         both = ["--model", "resnet8_cifar", "--image-size", "16", "--threads", "1", "--workers", "2", "--no-verbose"]
-        both += ["--data-dir", str(folder / "photos"), "--cache-dir", str(folder / "cache"), "--batch-size", "100"]
+        both += ["--dataset", "folder", "--cache-dir", str(folder / "cache"), "--batch-size", "100"]
+        photos, retrieval = str(folder / "photos"), ["--embedding-size", "16", "--ks", "1", "--bn-freeze", "0"]
         scripts = {
-            "train_cls.py": ["--dataset", "folder", "--method", "idml-cutmix", "--ema-decay", "0.99"],
-            "train_dml.py": ["--dataset", "folder", "--embedding-size", "16", "--ks", "1", "--bn-freeze", "0"],
+            "train_cls.py": ["--data-dir", photos, "--method", "idml-cutmix", "--ema-decay", "0.99"],
+            # Half of the classes are tested, none of which is trained on.
+            "train_dml.py": ["--data-dir", f"{photos}/train", "--test-fraction", "0.5", *retrieval],
         }
         for script, own in scripts.items():
             for loader in ("torch", "ffcv"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,11 +11,33 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from idml.signals import stop_when_parent_dies
+
 
 def setup(device_type: str) -> None:
     """Join the process group that torchrun describes in the environment (NCCL for CUDA, gloo otherwise)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if world_size() == 1 or dist.is_initialized():
+        return
+    stop_when_parent_dies()
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    # After a restart torchrun's store still has the addresses of the processes before (pytorch issue 135712). On one
+    # machine the number of restarts, the same on every rank, tells them apart; several machines count differently.
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and is_main():
+            warnings.warn(
+                "torchrun on several machines can only restart with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+                "environment",
+                UserWarning,
+                stacklevel=2,
+            )
+        restarts = 0
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart{restarts}", store)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
 
 
 def shutdown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -12,11 +13,17 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
+from torch import distributed as dist
+
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 """128 + the signal's number, as shells report it; SIGUSR1, sent by clusters before a preemption, counts as SIGTERM."""
 
 SAME_SIGNAL_SECONDS = 1.0
 """A second SIGINT that comes sooner is the first one again: torchrun passes on what the terminal has already sent."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's ``prctl``: the signal that this process gets when its parent ends (linux/prctl.h)."""
 
 
 class Interrupted(Exception):
@@ -64,9 +71,15 @@ class StopSignals:
             threading.Thread(target=_end_on_second_sigint, args=(read,), daemon=True, name="signals").start()
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if not self._before:
             return
+        self._restore()
+        if self.received is not None and isinstance(error, RuntimeError) and dist.is_initialized():
+            # Another rank heard of the signal where it could stop at once, and is gone from what this one waited for.
+            raise Interrupted(self.received, self.message) from None
+
+    def _restore(self) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write)  # ends the thread
         for number, handler in self._before.items():
@@ -108,6 +121,15 @@ def _end_on_second_sigint(signals: int) -> None:
         elif received[0] == signal.SIGINT and now - first > SAME_SIGNAL_SECONDS:
             os._exit(EXIT_CODES[signal.SIGINT])
     os.close(signals)
+
+
+def stop_when_parent_dies() -> None:
+    """From now on the end of the parent, torchrun say, counts as SIGTERM (Linux; elsewhere nothing happens).
+
+    Otherwise ranks would train on unseen when torchrun is killed, or by a signal that it does not pass on.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def worker_init(_worker: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,13 +123,39 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
     program.send_signal(signal.SIGTERM)
     _, errors = program.communicate(timeout=60)
     assert time.monotonic() - sent < 30
-    assert "stopped after step" in errors
+    assert "stopped after step" in errors and "closed by peer" not in errors
     assert not (run / "results.json").exists()
+    shutil.copytree(run, tmp_path / "one")
     again = start(*options, "--output-dir", str(run), "--resume", "auto", processes=2)
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "going on from" in output
     same_end(tmp_path / "undisturbed", run)
+    # One process, with the same images a step, goes on as well; only its random augmentation is another.
+    alone = start(*options, "--output-dir", str(tmp_path / "one"), "--resume", "auto")
+    output, errors = alone.communicate(timeout=300)
+    assert alone.returncode == 0, errors
+    assert "going on from" in output
+    ends = [json.loads((tmp_path / name / "results.json").read_text())["final"] for name in ("undisturbed", "one")]
+    assert ends[0]["step"] == ends[1]["step"] and ends[0]["epoch"] == ends[1]["epoch"] == 12
+
+
+@pytest.mark.slow
+def test_ranks_stop_when_torchrun_is_gone(tmp_path: Path) -> None:
+    """SIGUSR1 ends torchrun, which does not pass it on; its ranks save and end."""
+    run = tmp_path / "run"
+    program = start(*LONG, "--bn-freeze", "--output-dir", str(run), processes=2)
+    wait_for_lines(run / "metrics.jsonl", 2)
+    ranks = children(program.pid)
+    assert len(ranks) == 2
+    program.send_signal(signal.SIGUSR1)
+    _, errors = program.communicate(timeout=30)
+    assert program.returncode == -signal.SIGUSR1
+    assert "stopped after step" in errors and "Traceback" not in errors
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
