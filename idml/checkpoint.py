@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from idml.errors import UserError
 
-CHECKPOINT_KEYS = ("model", "config", "classes", "preprocessing")
+CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "config": dict,
+    "classes": (list, tuple),
+    "preprocessing": dict,
+}
+"""What every checkpoint has, and of what type."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -24,10 +30,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: there is no such file, it is damaged, or it is something else.
     """
     checkpoint = _load_tensors(Path(path))
-    missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: it has no {', '.join(missing)}")
+    if missing := wrong_entries(checkpoint, CHECKPOINT_KEYS):
+        raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: {missing}")
     return checkpoint
+
+
+def wrong_entries(content: Mapping[str, Any], expected: Mapping[str, type | tuple[type, ...]]) -> str:
+    """What of ``expected`` a file does not have, or has as something else; empty where all is there."""
+    missing = [key for key in expected if key not in content]
+    others = [key for key, kind in expected.items() if key in content and not isinstance(content[key], kind)]
+    problems = [f"it has no {', '.join(missing)}"] if missing else []
+    return "; ".join(problems + [f"its {key} is a {type(content[key]).__name__}" for key in others])
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:

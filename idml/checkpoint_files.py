@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from idml.checkpoint import read_checkpoint
+from idml.checkpoint import read_checkpoint, wrong_entries
 from idml.errors import UserError
 
-TO_GO_ON = (
-    "optimizer",
-    "schedule",
-    "scaler",
-    "random",
-    "epoch_losses",
-    "epoch",
-    "step",
-    "train_images",
-    "history",
-    "seconds",
-)
-"""What a checkpoint has beside the model, for its run to be gone on with."""
+TO_GO_ON: dict[str, type | tuple[type, ...]] = {
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict,
+    "random": list,
+    "epoch_losses": torch.Tensor,
+    "epoch": int,
+    "step": int,
+    "train_images": int,
+    "history": list,
+    "seconds": (int, float),
+}
+"""What a checkpoint has beside the model, and of what type, for its run to be gone on with."""
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], *, keep: int = 1) -> None:
@@ -101,8 +101,10 @@ def read_verified(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
     content = read_checkpoint(path)
-    if missing := [key for key in TO_GO_ON if key not in content]:
-        raise UserError(f"{path} has a model, but not what is needed to go on with its run: no {', '.join(missing)}")
+    if missing := wrong_entries(content, TO_GO_ON):
+        raise UserError(f"{path} has a model, but not what is needed to go on with its run: {missing}")
+    if content["step"] < 0 or content["epoch"] < 0 or not all(isinstance(line, dict) for line in content["history"]):
+        raise UserError(f"{path} is damaged: its counts of epochs and steps, or its history, cannot be")
     return content
 
 

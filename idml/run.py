@@ -52,7 +52,7 @@ class Run:
     Args:
         directory: made if it is not there.
         config: the resolved config, a dataclass.
-        stored: the checkpoint that the run goes on from; its files are then brought to where that is.
+        stored: the checkpoint that the run is to go on from.
 
     Raises:
         UserError: without ``stored``, the directory already holds a run, or cannot be written.
@@ -77,14 +77,29 @@ class Run:
             for name in ("checkpoints", "tensorboard", "pictures"):
                 (directory / name).mkdir(parents=True, exist_ok=True)
             write_text(directory / "config.yaml", dump_config(dataclasses.replace(config, resume=None)))
-            if stored is not None:
-                self._repair()
         except OSError as error:
             raise UserError(f"cannot write to the run directory {directory}: {error.strerror}") from None
         if config.wandb:
             start_wandb(directory, dataclasses.asdict(config))
+
+    def begin(self, stored: Mapping[str, Any] | None) -> None:
+        """Open TensorBoard; to be called once it is certain that the run can start, or go on.
+
+        Args:
+            stored: the checkpoint that the run goes on from; its files are now brought to where that is.
+
+        Raises:
+            UserError: the files cannot be written.
+        """
+        if not is_main():
+            return
+        if stored is not None:
+            try:
+                self._repair()
+            except OSError as error:
+                raise UserError(f"cannot write to the run directory {self.directory}: {error.strerror}") from None
         purge_from = None if stored is None else stored["step"] + 1
-        self._log = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_from, max_queue=QUEUED_EVENTS)
+        self._log = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_from, max_queue=QUEUED_EVENTS)
 
     def _repair(self) -> None:
         """Bring the files of a run that was cut off to where its checkpoint is: nothing torn, nothing twice."""
@@ -197,7 +212,7 @@ class Run:
     @property
     def writes(self) -> bool:
         """Whether this rank is the one that writes."""
-        return self._log is not None
+        return is_main()
 
     def has_picture(self, name: str) -> bool:
         """Whether ``pictures/<name>.png`` has been drawn, or is not this rank's to draw."""

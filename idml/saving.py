@@ -47,6 +47,7 @@ class Saver:
         """
         self._check_space()
         if stored is None:
+            self.run.begin(None)
             with self.signals.deferred():
                 self.save()
             self.stop_if_asked()
@@ -54,8 +55,9 @@ class Saver:
         path = self.run.config.resume
         try:
             self.state.load_state_dict(stored, same_schedule=same_length(stored, self.run.config))
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit this run: {error}") from None
+        self.run.begin(stored)
         self._saved_step = self.state.step
         if self.run.writes:
             print(resume_message(path, self.state), flush=True)

@@ -23,6 +23,7 @@ from idml.data.ffcv_write import write_beton
 from idml.data.image_dataset import ImageDataset
 from idml.data.torch_loader import Loader, TorchLoader
 from idml.errors import TrainingError, UserError
+from tests.test_train_cls import ROOT
 
 PHOTOS = load_sample_images().images
 
@@ -321,3 +322,33 @@ def test_import_leaves_torchs_threads_and_the_end_is_silent(tmp_path: Path) -> N
     command = [sys.executable, "-c", IMPORT, str(tmp_path / "x.beton")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "20 3\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a CPU")
+def test_a_process_bound_to_one_cpu_ends(tmp_path: Path) -> None:
+    """numba's threads, which FFCV would start, keep such a process from ending."""
+    for number in range(4):
+        for split in ("train", "val"):
+            for name in ("a", "b"):
+                folder = tmp_path / "photos" / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.effect_noise((24, 24), 10 + number).convert("RGB").save(folder / f"{number}.png")
+    options = ["--dataset", "folder", "--data-dir", "photos", "--image-size", "16", "--model", "resnet8_cifar"]
+    options += [
+        "--batch-size",
+        "8",
+        "--loader",
+        "ffcv",
+        "--cache-dir",
+        "cache",
+        "--max-steps",
+        "1",
+        "--output-dir",
+        "run",
+    ]
+    start = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import train_cls; train_cls.main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", start, *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/results.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,8 @@ from torch import Tensor
 
 import train_cls
 import train_dml
-from idml.checkpoint_files import newest_checkpoint
+from idml.checkpoint import CHECKPOINT_KEYS
+from idml.checkpoint_files import TO_GO_ON, newest_checkpoint
 from idml.config_cls import METHODS
 from idml.errors import UserError
 from idml.losses import LOSSES
@@ -239,6 +241,52 @@ def test_another_run_is_refused_with_the_difference(short: Path, changed: list[s
         train_cls.main(["--resume", str(short), *changed])
     assert expected in str(refused.value)
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "no optimizer": ({"optimizer": None}, r"its optimizer is a NoneType"),
+    "config of another type": ({"config": ["a"]}, r"not a checkpoint of train_cls.py .*: its config is a list"),
+    "other random states": ({"random": [{"python": 1}]}, r"does not fit this run"),
+    "no random states": ({"random": []}, r"does not fit this run"),
+    "other weights": ({"model": {"a": torch.zeros(1)}}, r"does not fit this run"),
+    "other optimizer": ({"optimizer": {"state": {}, "param_groups": []}}, r"does not fit this run"),
+    "history that is none": ({"history": [1, 2]}, r"its history, cannot be"),
+    "step of no number": ({"step": "many"}, r"its step is a str"),
+    "steps below nothing": ({"step": -1}, r"its counts of epochs and steps"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_checkpoint_that_was_tampered_with_is_one_line(short: Path, tmp_path: Path, kind: str) -> None:
+    """Whatever a file from elsewhere holds: a message, and nothing that the run has come to is changed."""
+    changed, expected = FOREIGN[kind]
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    content = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    torch.save(content | changed, tmp_path / "foreign.pt")
+    kept = [*(run / "checkpoints").iterdir(), run / "metrics.jsonl", run / "results.json"]
+    before = [path.read_bytes() for path in kept]
+    with pytest.raises(UserError, match=expected) as refused:
+        train_cls.main(["--resume", str(tmp_path / "foreign.pt"), "--max-steps", "3", "--output-dir", str(run)])
+    assert "foreign.pt" in str(refused.value)
+    assert [path.read_bytes() for path in kept] == before
+
+
+@pytest.mark.parametrize("key", [*CHECKPOINT_KEYS, *TO_GO_ON, "trained_model"])
+def test_a_checkpoint_that_lacks_something_is_one_line(short: Path, tmp_path: Path, key: str) -> None:
+    content = torch.load(short / "checkpoints/last.pt", weights_only=True)
+    del content[key]
+    torch.save(content, tmp_path / "lacks.pt")
+    with pytest.raises(UserError, match=rf"lacks\.pt .*{key}"):
+        train_cls.main(["--resume", str(tmp_path / "lacks.pt"), "--output-dir", str(tmp_path / "run")])
+
+
+def test_a_checkpoint_of_the_other_script_is_refused(short: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a checkpoint of train_cls\.py; go on with that script"):
+        train_dml.main(["--resume", str(short)])
+    train_dml.main([*DML, "--max-steps", "1", "--output-dir", str(tmp_path / "dml")])
+    with pytest.raises(UserError, match=r"is a checkpoint of train_dml\.py; go on with that script"):
+        train_cls.main(["--resume", str(tmp_path / "dml")])
 
 
 def test_a_run_may_be_made_longer(short: Path, tmp_path: Path) -> None:

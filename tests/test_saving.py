@@ -19,7 +19,7 @@ import torch
 import train_cls
 import train_dml
 from idml import checkpoint_files
-from idml.checkpoint_files import TO_GO_ON, read_verified, write_checkpoint
+from idml.checkpoint_files import read_verified, write_checkpoint
 from idml.errors import TrainingError, UserError
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.saving import estimated_bytes
@@ -133,7 +133,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
 ) -> None:
     path = tmp_path / "last.pt"
     content = {"model": {"w": torch.arange(10)}, "config": {}, "classes": [], "preprocessing": {}}
-    content |= dict.fromkeys(TO_GO_ON, 1)
+    content |= {"optimizer": {}, "schedule": {}, "scaler": {}, "random": [], "epoch_losses": torch.zeros(0)}
+    content |= {"epoch": 1, "step": 1, "train_images": 1, "history": [], "seconds": 1.0}
     write_checkpoint(path, content, keep=2)
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -36,18 +36,22 @@ from idml.data.torch_loader import CROP_SCALE, EVAL_RESIZE, DealtBatches
 from idml.errors import TrainingError, UserError
 
 # FFCV sets torch to one thread when it is imported, and spends seconds compiling a typed dictionary of two entries that
-# only its Python code reads; a plain one serves as well.
-_torch_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
-numba.typed.Dict = dict
+# only its Python code reads; a plain one serves as well. It also starts numba's threads, which nothing here uses, and
+# which, being oneTBB's, keep a process that may use one CPU only from ever ending.
+_torch_threads, _typed_dict, _set_num_threads = torch.get_num_threads(), numba.typed.Dict, numba.set_num_threads
+numba.typed.Dict, numba.set_num_threads = dict, lambda n: None
 try:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.libffcv import lib as libffcv
     from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.pipeline import compiler
     from ffcv.reader import Reader
     from ffcv.types import ALLOC_TABLE_TYPE
     from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
+
+    compiler.set_num_threads = _set_num_threads
 finally:
-    numba.typed.Dict = _typed_dict
+    numba.typed.Dict, numba.set_num_threads = _typed_dict, _set_num_threads
     torch.set_num_threads(_torch_threads)
 
 # libffcv's own JPEG function is left aside: it takes the fast transform, and never frees a thread's decoder.
