@@ -390,7 +390,7 @@ def test_auroc_by_hand() -> None:
 @pytest.mark.parametrize(
     ("scores", "right", "message"),
     [
-        (torch.zeros(3, 1), torch.ones(3, dtype=torch.bool), r"scores \(Q,\).*\(3, 1\)"),
+        (torch.zeros(3, 1), torch.ones(3, dtype=torch.bool), r"scores \(N,\).*\(3, 1\)"),
         (torch.zeros(3), torch.ones(4, dtype=torch.bool), r"right \(3,\).*got \(4,\)"),
         (torch.zeros(3), torch.ones(3), "torch.bool, got .*float32"),
         (torch.tensor([0.0, math.nan, 1.0]), torch.ones(3, dtype=torch.bool), "finite scores, got 1"),

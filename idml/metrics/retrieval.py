@@ -29,6 +29,7 @@ from idml.metrics.neighbours import (
     neighbours_in_chunks,
     prepare,
 )
+from idml.metrics.uncertainty import auroc, checked
 
 FEW = 32
 """Neighbours that are searched for first where an R@K asks for more: K = 1000 costs three times as much as 32."""
@@ -155,20 +156,8 @@ def retrieval_auroc(scores: Array, right: Array) -> float:
     Raises:
         ValueError: wrong shape, dtype or length, or a score that is not finite.
     """
-    from sklearn.metrics import roc_auc_score  # slow to import: only where used
-
-    values, correct = torch.as_tensor(scores).detach().cpu(), torch.as_tensor(right).detach().cpu()
-    if values.ndim != 1 or not values.is_floating_point():
-        raise ValueError(f"expected scores (Q,) of floating point, got {tuple(values.shape)} of {values.dtype}")
-    if correct.shape != values.shape or correct.dtype != torch.bool:
-        raise ValueError(
-            f"expected right {tuple(values.shape)} of torch.bool, got {tuple(correct.shape)} of {correct.dtype}"
-        )
-    if not values.isfinite().all():
-        raise ValueError(f"expected finite scores, got {int((~values.isfinite()).sum())} that are not")
-    if correct.all() or not correct.any():
-        return float("nan")
-    return float(roc_auc_score((~correct).numpy(), values.double().numpy()))
+    values, correct = checked(scores, right)
+    return auroc(values[~correct], values[correct])
 
 
 def count_references(search: Search, gallery_labels: Tensor, query_labels: Tensor) -> Tensor:
