@@ -24,8 +24,10 @@ from augment.mixing import (
     sample_cutmix,
     sample_mixup,
 )
+from augment.shifts import SHIFTS, partners, shift_images
 
 __all__ = [
+    "SHIFTS",
     "ColorJitterParams",
     "CutmixParams",
     "MixedBatch",
@@ -39,6 +41,7 @@ __all__ = [
     "denormalise",
     "mixed_cross_entropy",
     "normalise",
+    "partners",
     "resize",
     "sample_color_jitter",
     "sample_crop",
@@ -46,4 +49,5 @@ __all__ = [
     "sample_flip",
     "sample_lighting",
     "sample_mixup",
+    "shift_images",
 ]
