@@ -22,12 +22,15 @@ SAME_SIGNAL_SECONDS = 1.0
 """A second SIGINT that comes sooner is the first one again: torchrun passes on what the terminal has already sent."""
 
 
+AGAIN_SECONDS = 0.05
+"""After so long a signal is sent again that came where it could not be told of."""
+
 PR_SET_PDEATHSIG = 1
 """Of Linux's ``prctl``: the signal that this process gets when its parent ends (linux/prctl.h)."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run.
+class Interrupted(BaseException):
+    """A signal ended the run. Like KeyboardInterrupt, nothing that handles errors in general takes it for one.
 
     Args:
         number: the signal.
@@ -61,6 +64,7 @@ class StopSignals:
         self._deferred = False
         self._write = self._wakeup_before = -1
         self._before: dict[signal.Signals, Any] = {}
+        self._hook_before: Any = sys.unraisablehook
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -69,17 +73,23 @@ class StopSignals:
             os.set_blocking(self._write, False)
             self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             threading.Thread(target=_end_on_second_sigint, args=(read,), daemon=True, name="signals").start()
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raised_in_vain
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if not self._before:
             return
         self._restore()
-        if self.received is not None and isinstance(error, RuntimeError) and dist.is_initialized():
-            # Another rank heard of the signal where it could stop at once, and is gone from what this one waited for.
+        if self.received is None or error is None or isinstance(error, Interrupted):
+            return
+        # Another rank heard of the signal where it could stop at once, and is gone from what this one waited for; or
+        # Python made another error of it, as it does in the middle of a class being made by an import.
+        left_alone = isinstance(error, RuntimeError) and dist.is_initialized()
+        if left_alone or any(isinstance(reason, Interrupted) for reason in _reasons(error)):
             raise Interrupted(self.received, self.message) from None
 
     def _restore(self) -> None:
+        sys.unraisablehook = self._hook_before
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write)  # ends the thread
         for number, handler in self._before.items():
@@ -103,6 +113,23 @@ class StopSignals:
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"finishing the step, then saving\n")
         if not self._deferred:
             raise Interrupted(self.received, self.message)
+
+    def _raised_in_vain(self, raised: sys.UnraisableHookArgs) -> None:
+        """``Interrupted`` in a finalizer or the like, which no exception gets out of: once more, a little later."""
+        if not isinstance(raised.exc_value, Interrupted) or self.received is None:
+            self._hook_before(raised)
+            return
+        again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), self.received))
+        again.daemon = True
+        again.start()
+
+
+def _reasons(error: BaseException) -> Iterator[BaseException]:
+    """What the error came of, and that of, and so on."""
+    reason = error.__cause__ or error.__context__
+    while reason is not None:
+        yield reason
+        reason = reason.__cause__ or reason.__context__
 
 
 def _end_on_second_sigint(signals: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from idml.signals import Interrupted, StopSignals
 from tests.test_resume import CLS, same_end
 from tests.test_train_cls import ROOT
 
@@ -84,6 +85,36 @@ def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
     _, errors = program.communicate(timeout=5)
     assert program.returncode == 130
     assert "finishing the step, then saving" in errors and "stopped after" not in errors
+
+
+def test_a_signal_while_a_class_is_made_is_told_as_one() -> None:
+    """Python makes a RuntimeError of it there; imports make hundreds of classes."""
+
+    class Stopping:
+        def __set_name__(self, _owner: type, _name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), StopSignals():
+        type("Made", (), {"stopping": Stopping()})
+
+
+def test_a_signal_within_a_finalizer_ends_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops exceptions there, and prints a traceback."""
+    hook = sys.unraisablehook
+
+    class Stopping:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def work() -> None:
+        Stopping()
+        time.sleep(30)
+
+    with pytest.raises(Interrupted) as stopped, StopSignals():
+        work()
+    assert stopped.value.exit_code == 130
+    assert sys.unraisablehook is hook
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""Is the uncertainty any good? Every score of every method beside those that cost nothing, several seeds each.
+
+    python benchmarks/uncertainty.py --emoji emoji64.npz     six methods on Fashion-MNIST, ProxyAnchor on emoji
+    python benchmarks/uncertainty.py --parts classification  only the first
+    python benchmarks/uncertainty.py --quick                 a few steps on the embedded sets: that it runs
+
+Classification: ResNet-20 on 20,000 images of Fashion-MNIST, tested on its 10,000 test images. Of each score: how well
+it ranks the errors (error AUROC, AURC, E-AURC, AUGRC, risk at 80 % coverage, coverage at 5 % risk) and how well it
+tells clean test images from the same ones mixed, cut, blurred, noisy and cropped, and from another data set (AUROC).
+Retrieval: ProxyAnchor off and live on the emoji pack, tested on unseen classes: the same, an error being a nearest
+neighbour of another class.
+
+Prints a Markdown table for each part (mean and standard deviation over the seeds); every figure goes to
+benchmarks/results/uncertainty.json with hardware, versions and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from augment import SHIFTS, normalise, shift_images
+from idml.checkpoint import read_checkpoint
+from idml.config_cls import METHODS, parse_cls_config
+from idml.config_dml import parse_dml_config
+from idml.data.datasets import read_splits
+from idml.data.image_dataset import ImageDataset, Preprocessing
+from idml.data.retrieval_datasets import read_retrieval_data
+from idml.data.torch_loader import TorchLoader
+from idml.environment import git_commit, hardware, versions
+from idml.errors import run_main
+from idml.metrics import auroc, calibration_metrics, nearest_neighbours, selective_metrics
+from idml.models import uncertainty_score
+from idml.scores import classifier_scores
+from train_cls import build_model as build_classifier
+from train_dml import build_model as build_embedder
+
+ROOT = Path(__file__).resolve().parents[1]
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+TRAINING_IMAGES = 20_000
+COLUMNS = {
+    "error_auroc": "error AUROC",
+    "e_aurc": "E-AURC",
+    "aurc": "AURC",
+    "augrc": "AUGRC",
+    "risk_at_coverage": "risk at 80 %",
+    "coverage_at_risk": "coverage at 5 %",
+    **{kind: kind for kind in SHIFTS},
+    "other set": "other set",
+}
+
+Scores = dict[str, Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def subset_of_fashion_mnist(folder: Path) -> None:
+    """The first 20,000 training images and all test images, as IDX files that the data set's own reader takes."""
+    from idml.data.datasets import read_idx
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            values = read_idx(FASHION_MNIST / f"{part}-{kind}.gz")
+            values = values[:TRAINING_IMAGES] if part == "train" else values
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            (folder / f"{part}-{kind}").write_bytes(head + values.tobytes())
+
+
+def train(script: str, options: list[str], run: Path) -> None:
+    """One run of a training script, unless an earlier call has left it whole."""
+    if (run / "results.json").exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, str(ROOT / script), *options, "--threads", "1", "--no-verbose", "--output-dir", str(run)]
+    started = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    print(f"{run.name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def batches(images: ImageDataset, size: int) -> Batches:
+    """The images as an evaluation sees them, uint8."""
+    return TorchLoader(images, batch_size=250, image_size=size, train=False, workers=0).epoch(0)
+
+
+def rank_and_tell(scores: Scores, right: Tensor, shifted: dict[str, Scores]) -> dict[str, dict[str, float]]:
+    """The figures of every score: how it ranks the errors of clean images, and tells these from shifted ones."""
+    rows = {}
+    for name, score in scores.items():
+        rows[name] = selective_metrics(score, right)
+        rows[name] |= {kind: auroc(others[name], score) for kind, others in shifted.items() if name in others}
+    return rows
+
+
+def score_all(score: Callable[[Tensor], Scores], clean: Batches, kind: str | None, seed: int) -> Scores:
+    """Scores of all images, clean or shifted; the same shifts for every model."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Scores] = []
+    for images, labels in clean:
+        found.append(score(images if kind is None else shift_images(images, labels, kind, generator)))
+    return {name: torch.cat([batch[name] for batch in found]) for name in found[0]}
+
+
+def measure_classifier(run: Path) -> dict[str, Any]:
+    """All figures of a trained classifier on its test images."""
+    config, _ = parse_cls_config(["--eval-only", "--checkpoint", str(run / "checkpoints/last.pt")], description="")
+    data = read_splits(config)
+    model = build_classifier(config, data)
+    model.load_state_dict(read_checkpoint(run / "checkpoints/last.pt")["model"])
+    model.eval()
+    size, generator = data.preprocessing.image_size, torch.Generator().manual_seed(0)
+    probabilities: list[Tensor] = []
+
+    @torch.no_grad()
+    def score(images: Tensor) -> Scores:
+        output = model(normalise(images, data.preprocessing.mean, data.preprocessing.std))
+        probabilities.append(output.logits.softmax(1))
+        return classifier_scores(model, output, generator)
+
+    scores = score_all(score, batches(data.test, size), None, 0)
+    chances, labels = torch.cat(probabilities), torch.from_numpy(data.test.labels)
+    right = chances.argmax(1) == labels
+    shifted = {kind: score_all(score, batches(data.test, size), kind, 1) for kind in SHIFTS}
+    other, _ = parse_cls_config(["--dataset", "digits", "--image-size", str(size)], description="")
+    shifted["other set"] = score_all(score, batches(read_splits(other).test, size), None, 0)
+    run_figures = {"top1": right.double().mean().item()} | calibration_metrics(chances, labels)
+    return {"run": run_figures, "scores": rank_and_tell(scores, right, shifted)}
+
+
+def measure_embedder(run: Path) -> dict[str, Any]:
+    """All figures of a trained embedder on its test images, which search one another."""
+    checkpoint = read_checkpoint(run / "checkpoints/last.pt")
+    config, _ = parse_dml_config(["--config", str(run / "config.yaml"), "--output-dir", str(run)], description="")
+    data = read_retrieval_data(config)
+    model = build_embedder(config)
+    model.load_state_dict(checkpoint["model"])
+    model.eval()
+    preprocessing: Preprocessing = data.preprocessing
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.from_numpy(data.test.labels)
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Scores:
+        output = model(normalise(images, preprocessing.mean, preprocessing.std))
+        found = {"semantic": output.semantic, "-|feature|": -output.norm}
+        found["random"] = torch.rand(len(images), generator=generator)
+        return found | ({"|u|": uncertainty_score(output)} if config.ism != "off" else {})
+
+    clean = score_all(embed, batches(data.test, preprocessing.image_size), None, 0)
+    gallery = clean.pop("semantic")
+    neighbours, similarities = nearest_neighbours(gallery, 1)
+    right = labels[neighbours[:, 0]] == labels
+    scores = {"1 - top similarity": 1 - similarities[:, 0]} | clean
+    shifted = {}
+    for kind in SHIFTS:
+        found = score_all(embed, batches(data.test, preprocessing.image_size), kind, 1)
+        # The clean image of a shifted one is left out of what it finds, as it is for the clean ones.
+        among = found.pop("semantic") @ gallery.T
+        among.fill_diagonal_(-1)
+        shifted[kind] = {"1 - top similarity": 1 - among.amax(1)} | found
+    return {"run": {"R@1": right.double().mean().item()}, "scores": rank_and_tell(scores, right, shifted)}
+
+
+def classification(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The six methods."""
+    if arguments.quick:
+        options = ["--dataset", "fashion-mnist-mini", "--model", "resnet8_cifar", "--max-steps", "10"]
+    else:
+        subset_of_fashion_mnist(folder / "fashion-mnist")
+        options = ["--dataset", "fashion-mnist", "--data-dir", str(folder / "fashion-mnist"), "--loader", "torch"]
+        options += ["--model", arguments.model, "--epochs", str(arguments.epochs), "--batch-size", "128"]
+    names = list(METHODS) if arguments.methods is None else arguments.methods
+    jobs = {f"{name}-s{seed}": (name, seed) for seed in arguments.seeds for name in names}
+
+    def work(job: str) -> None:
+        name, seed = jobs[job]
+        train("train_cls.py", [*options, "--method", name, "--seed", str(seed)], folder / job)
+
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        list(pool.map(work, jobs))
+    return {name: [measure_classifier(folder / f"{name}-s{seed}") for seed in arguments.seeds] for name in names}
+
+
+def retrieval(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """ProxyAnchor, plain and live."""
+    options = ["--config", str(ROOT / "configs/quick/emoji.yaml")]
+    if arguments.quick:
+        options += ["--dataset", "emoji-mini", "--max-steps", "4"]
+    else:
+        options += ["--data-dir", str(Path(arguments.emoji).resolve())]
+    jobs = {f"emoji-{ism}-s{seed}": (ism, seed) for seed in arguments.seeds for ism in ("off", "live")}
+
+    def work(job: str) -> None:
+        ism, seed = jobs[job]
+        train("train_dml.py", [*options, "--ism", ism, "--mix", "none", "--seed", str(seed)], folder / job)
+
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        list(pool.map(work, jobs))
+    return {
+        f"ProxyAnchor {ism}": [measure_embedder(folder / f"emoji-{ism}-s{seed}") for seed in arguments.seeds]
+        for ism in ("off", "live")
+    }
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """A Markdown table: a line for every score of every method, the method's own figures in the same line."""
+    own = list(next(iter(rows.values()))[0]["run"])
+    head = ["method", *own, "score", *COLUMNS.values()]
+    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for method, runs in rows.items():
+        figures = [cell([run["run"][key] for run in runs]) for key in own]
+        for score in runs[0]["scores"]:
+            cells = [
+                cell([run["scores"][score][key] for run in runs]) if key in runs[0]["scores"][score] else "-"
+                for key in COLUMNS
+            ]
+            print("| " + " | ".join([method, *figures, score, *cells]) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["classification", "retrieval"], choices=sorted(PARTS))
+    parser.add_argument("--emoji", help="the .npz of the emoji pack")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="of classification; default all six")
+    parser.add_argument("--model", default="resnet20_cifar", help="of classification")
+    parser.add_argument("--epochs", type=int, default=10, help="of classification")
+    parser.add_argument("--processes", type=int, default=2, help="runs beside one another, one thread each")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; those that are whole are not trained again")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/uncertainty.json")
+    parser.add_argument("--quick", action="store_true", help="a few steps on the embedded sets, one seed")
+    arguments = parser.parse_args()
+    if "retrieval" in arguments.parts and not arguments.quick and arguments.emoji is None:
+        parser.error("--emoji is needed (or --quick, or --parts classification)")
+    if arguments.quick:
+        arguments.seeds, arguments.out = [1], arguments.out.with_stem(arguments.out.stem + "-quick")
+    # Parts that are not run now keep what was measured before.
+    stored = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.runs or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in arguments.parts:
+            rows = PARTS[part](arguments, folder)
+            print_table(rows)
+            print(f"n = {len(arguments.seeds)} seed(s); {hardware()}")
+            stored[part] = {
+                "rows": rows,
+                "seeds": arguments.seeds,
+                "hardware": hardware(),
+                "versions": versions(),
+                "commit": git_commit(),
+                "command": " ".join(["python", "benchmarks/uncertainty.py", *sys.argv[1:]]),
+            }
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    print(f"stored in {arguments.out}")
+
+
+PARTS = {"classification": classification, "retrieval": retrieval}
+
+if __name__ == "__main__":
+    run_main(main)
