@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import pickle
 import pickletools
+import socket
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -137,3 +140,24 @@ def test_a_checkpoint_of_ours_has_no_code(tmp_path: Path) -> None:
     assert not [
         opcode for opcode, _, _ in pickletools.genops(content) if opcode.name in ("STACK_GLOBAL", "INST", "OBJ")
     ]
+
+
+@pytest.mark.parametrize(("script", "options"), [(train_cls, CLS), (train_dml, DML)], ids=["cls", "dml"])
+def test_nothing_is_asked_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType, options: list[str]
+) -> None:
+    """Training and evaluation, with TensorBoard and pictures: no name is looked up, and nobody is called."""
+    asked: list[object] = []
+
+    def refuse(*arguments: object, **_options: object) -> None:
+        asked.append(arguments)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(OSError, match="no network"):
+        urllib.request.urlopen("http://localhost:9/")
+    asked.clear()
+    script.main([*options, "--max-steps", "1", "--output-dir", str(tmp_path / "run")])
+    assert asked == []
+    assert (tmp_path / "run/results.json").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from idml.signals import Interrupted, StopSignals
-from tests.test_resume import CLS, same_end
+from tests.test_resume import CLS, DML, same_end
 from tests.test_train_cls import ROOT
 
 LONG = [*CLS, "--epochs", "400", "--threads", "1"]
@@ -24,10 +24,10 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 }
 
 
-def start(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
-    """The training script, really started; with ``processes`` above 1 through torchrun."""
+def start(*arguments: str, processes: int = 1, script: str = "train_cls.py") -> subprocess.Popen[str]:
+    """A training script, really started; with ``processes`` above 1 through torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *torchrun, str(ROOT / "train_cls.py"), *arguments]
+    command = [sys.executable, *torchrun, str(ROOT / script), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
@@ -141,14 +141,15 @@ def test_a_worker_that_dies_says_why(tmp_path: Path, image_folder: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "options"), [("train_cls.py", [*CLS, "--bn-freeze"]), ("train_dml.py", DML)])
+def test_two_processes_stop_together_and_go_on(tmp_path: Path, script: str, options: list[str]) -> None:
     """SIGTERM to torchrun: both ranks stop after the same step; gone on with, the run ends like an undisturbed one."""
-    options = [*CLS, "--epochs", "12", "--threads", "1", "--bn-freeze"]
-    whole = start(*options, "--output-dir", str(tmp_path / "undisturbed"), processes=2)
+    options = [*options, "--epochs", "12", "--threads", "1"]
+    whole = start(*options, "--output-dir", str(tmp_path / "undisturbed"), processes=2, script=script)
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
     run = tmp_path / "stopped"
-    program = start(*options, "--output-dir", str(run), processes=2)
+    program = start(*options, "--output-dir", str(run), processes=2, script=script)
     wait_for_lines(run / "metrics.jsonl", 2)
     sent = time.monotonic()
     program.send_signal(signal.SIGTERM)
@@ -157,13 +158,13 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
     assert "stopped after step" in errors and "closed by peer" not in errors
     assert not (run / "results.json").exists()
     shutil.copytree(run, tmp_path / "one")
-    again = start(*options, "--output-dir", str(run), "--resume", "auto", processes=2)
+    again = start(*options, "--output-dir", str(run), "--resume", "auto", processes=2, script=script)
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "going on from" in output
     same_end(tmp_path / "undisturbed", run)
     # One process, with the same images a step, goes on as well; only its random augmentation is another.
-    alone = start(*options, "--output-dir", str(tmp_path / "one"), "--resume", "auto")
+    alone = start(*options, "--output-dir", str(tmp_path / "one"), "--resume", "auto", script=script)
     output, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0, errors
     assert "going on from" in output
