@@ -65,6 +65,7 @@ class StopSignals:
         self._write = self._wakeup_before = -1
         self._before: dict[signal.Signals, Any] = {}
         self._hook_before: Any = sys.unraisablehook
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -90,6 +91,8 @@ class StopSignals:
 
     def _restore(self) -> None:
         sys.unraisablehook = self._hook_before
+        if self._again is not None:
+            self._again.cancel()
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write)  # ends the thread
         for number, handler in self._before.items():
@@ -119,9 +122,10 @@ class StopSignals:
         if not isinstance(raised.exc_value, Interrupted) or self.received is None:
             self._hook_before(raised)
             return
-        again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), self.received))
-        again.daemon = True
-        again.start()
+        # Not SIGINT, of which a second one ends the process at once.
+        self._again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+        self._again.daemon = True
+        self._again.start()
 
 
 def _reasons(error: BaseException) -> Iterator[BaseException]:
