@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from idml.signals import Interrupted
+from idml.signals import Interrupted, reasons
 
 EXIT_BAD_INPUT = 2
 EXIT_TRAINING_FAILED = 1
@@ -60,12 +60,14 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, TrainingError, StorageError) as error:
         _say(str(error))
         sys.exit(error.exit_code)
-    except RuntimeError as error:
-        # Torch raises it in the main thread, wherever that is, when it hears of the end of a loader's process.
-        if not str(error).startswith("DataLoader worker"):
+    except Exception as error:
+        # Torch raises it in the main thread, wherever that is, when it hears of the end of a loader's process; whatever
+        # was being done may make another error of it.
+        died = [str(reason) for reason in (error, *reasons(error)) if str(reason).startswith("DataLoader worker")]
+        if not died:
             raise
         advice = "killed processes are mostly short of memory: give fewer --workers, then go on with --resume"
-        _say(f"a process that reads images has died: {error} ({advice})")
+        _say(f"a process that reads images has died: {died[0]} ({advice})")
         sys.stdout.flush()
         os._exit(EXIT_TRAINING_FAILED)  # an orderly exit ends the other processes, and torch raises this for each
     except KeyboardInterrupt:

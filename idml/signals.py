@@ -86,7 +86,7 @@ class StopSignals:
         # Another rank heard of the signal where it could stop at once, and is gone from what this one waited for; or
         # Python made another error of it, as it does in the middle of a class being made by an import.
         left_alone = isinstance(error, RuntimeError) and dist.is_initialized()
-        if left_alone or any(isinstance(reason, Interrupted) for reason in _reasons(error)):
+        if left_alone or any(isinstance(reason, Interrupted) for reason in reasons(error)):
             raise Interrupted(self.received, self.message) from None
 
     def _restore(self) -> None:
@@ -128,7 +128,7 @@ class StopSignals:
         self._again.start()
 
 
-def _reasons(error: BaseException) -> Iterator[BaseException]:
+def reasons(error: BaseException) -> Iterator[BaseException]:
     """What the error came of, and that of, and so on."""
     reason = error.__cause__ or error.__context__
     while reason is not None:

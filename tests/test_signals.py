@@ -134,7 +134,9 @@ def test_a_worker_that_dies_says_why(tmp_path: Path, image_folder: Path) -> None
     os.kill(children(program.pid)[0], signal.SIGKILL)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 1
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    (line,) = lines
     assert line.startswith("error: a process that reads images has died: DataLoader worker (pid")
     assert "fewer --workers" in line and "--resume" in line
     assert "RuntimeError" not in errors
