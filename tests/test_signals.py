@@ -137,7 +137,7 @@ def test_a_worker_that_dies_says_why(tmp_path: Path, image_folder: Path) -> None
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors
     (line,) = lines
-    assert line.startswith("error: a process that reads images has died: DataLoader worker (pid")
+    assert line.startswith("error: a process that reads images has died: DataLoader worker ")
     assert "fewer --workers" in line and "--resume" in line
     assert "RuntimeError" not in errors
 

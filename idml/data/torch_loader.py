@@ -197,7 +197,15 @@ class TorchLoader(DealtBatches):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
         self._sampler.epoch, self._sampler.start = epoch, start
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ConnectionError, EOFError, FileNotFoundError):
+                # As torch says it where a process dies at another moment; ``run_main`` knows these words.
+                raise RuntimeError("DataLoader worker died while it handed a batch over") from None
+            if batch is None:
+                return
             if isinstance(batch, TrainingError):
                 raise batch
             yield batch
