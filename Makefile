@@ -10,7 +10,7 @@ help:
 	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
 	@echo "make demo-dml  train plain and introspective retrieval on real images (about 3 minutes) and compare them"
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
-	@echo "make test-faults  kill runs and damage files, all cases (about 12 minutes)"
+	@echo "make test-faults  kill runs and damage files, all cases (about 14 minutes)"
 	@echo "make audit     known vulnerabilities of the versions in requirements.lock"
 	@echo "make install   only make .venv"
 	@echo "make ffcv-wheel  a wheel of FFCV with its libraries inside, for machines where you are not root"

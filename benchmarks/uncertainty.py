@@ -38,7 +38,7 @@ from augment import SHIFTS, normalise, shift_images
 from idml.checkpoint import read_checkpoint
 from idml.config_cls import METHODS, parse_cls_config
 from idml.config_dml import parse_dml_config
-from idml.data.datasets import read_splits
+from idml.data.datasets import read_idx, read_splits
 from idml.data.image_dataset import ImageDataset, Preprocessing
 from idml.data.retrieval_datasets import read_retrieval_data
 from idml.data.torch_loader import TorchLoader
@@ -70,8 +70,6 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 def subset_of_fashion_mnist(folder: Path) -> None:
     """The first 20,000 training images and all test images, as IDX files that the data set's own reader takes."""
-    from idml.data.datasets import read_idx
-
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "t10k"):
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from idml.metrics.uncertainty import ECE_BINS
 from idml.models import ClassifierOutput, uncertainty_score
-
-ECE_BINS = 15
-"""Equal-width bins of the expected calibration error (Guo et al. 2017)."""
 
 
 class Predictions(NamedTuple):
