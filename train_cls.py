@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
     MixedBatch,
+    PerturbedBatch,
     apply_color_jitter,
     apply_crop,
     apply_cutmix,
@@ -41,8 +42,10 @@ from augment import (
     sample_flip,
     sample_lighting,
     sample_mixup,
+    spoilt_images,
 )
 from idml import distributed
+from idml.backbones import create_backbone
 from idml.checkpoint import load_weights, read_checkpoint
 from idml.checkpoint_files import read_verified
 from idml.config import dump_config
@@ -54,18 +57,27 @@ from idml.data.torch_loader import Loader
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
-from idml.evaluation import Evaluation, evaluate, probe_uncertainty
-from idml.metrics.classification import classification_metrics
-from idml.models import IntrospectiveClassifier, create_backbone
+from idml.evaluation import Evaluation, calibrate, evaluate, probe_uncertainty
+from idml.foresight import foresight_loss
+from idml.heads import Foresight
+from idml.metrics.classification import classification_metrics, uncertainty_metrics
+from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
-from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_histograms, write_confusion
+from idml.random_state import step_generator
+from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
 from idml.run import Run, default_run_directory
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
+
+HEAD_GRADIENT_NORM = 2.0
+"""Largest norm of the uncertainty head's gradient: it learns at the backbone's rate, and what it sees still changes."""
+
+Foreseen = tuple[Foresight, Tensor]
+"""What the uncertainty head says of images, and the (B, C) logits of the classifier for them."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -124,6 +136,7 @@ def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
         uncertainty_dim=config.uncertainty_dim,
         ism=config.ism,
         temperature=config.temperature,
+        uncertainty_loss=config.uncertainty_loss,
     )
 
 
@@ -174,7 +187,7 @@ def train(
         metrics |= speed
         with signals.deferred():
             saver.end_epoch(metrics, pick_by=pick_by)
-            log_histograms(run, test.predictions, state.epoch, ism_on=config.ism != "off")
+            log_uncertainty(run, test, config.ism, state.epoch)
         say(epoch_line(metrics))
         saver.stop_if_asked()
 
@@ -200,21 +213,43 @@ def evaluate_epoch(
     metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
     if state.epoch_losses:
         metrics["train_loss"] = state.mean_epoch_loss()
-    test = evaluate(model, loaders.test, *measured, flip=flip)
-    metrics |= classification_metrics(test.predictions, len(classes))
     if loaders.val:
         val = evaluate(model, loaders.val, *measured, flip=flip)
         metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
+        if config.uncertainty_loss != "none":
+            calibrate(model, val.predictions)  # before the test images are scored
+    test = evaluate(model, loaders.test, *measured, flip=flip)
+    metrics |= classification_metrics(test.predictions, len(classes))
     if config.ism != "off":
-        metrics["uncertainty_test"] = test.predictions.uncertainty.mean().item()
-        metrics |= probe_uncertainty(model, loaders.probe, *measured, mix=config.mix)
+        metrics |= uncertainty_metrics(test.predictions)
+        clean, mixed = probe_uncertainty(model, loaders.probe, *measured, mix=config.mix)
+        test = test._replace(mixed_scores=mixed)
+        metrics["uncertainty_train_clean"] = clean.mean().item()
+        metrics["uncertainty_train_mixed"] = mixed.mean().item()
         metrics["active_uncertainty_units"] = test.active_units
     return metrics, test
 
 
+class WithSpoilt(nn.Module):
+    """The network for a batch and, beside it, for images that its uncertainty head alone learns from.
+
+    One call, so that under DDP the gradients of both are averaged once.
+    """
+
+    def __init__(self, network: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.network, self.model = network, model
+
+    def forward(self, images: Tensor, spoilt: Tensor | None = None) -> tuple[ClassifierOutput, Foreseen | None]:
+        """The output for the images, and (Foresight, logits) of the spoilt ones."""
+        output = self.network(images)
+        return output, None if spoilt is None else self.model.foresee(spoilt)
+
+
 def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module:
     """What is called in training: the model compiled and distributed, as far as asked for."""
-    network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    network: nn.Module = WithSpoilt(compiled, model)
     if distributed.world_size() > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     return network
@@ -231,38 +266,73 @@ def train_epoch(
 
     def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
         images = images if size is None else resize(images, size)
-        batch = augment_and_mix(images, labels, config, data.preprocessing, state.generator)
-        step(state, guard, batch, config, global_size)
+        images = crop_and_flip(images, config, state.generator)
+        spoilt = spoil(images, labels, config, data.preprocessing, state)
+        batch = colour_and_mix(images, labels, config, data.preprocessing, state.generator)
+        step(state, guard, batch, spoilt, config, global_size)
         if batch.labels_b is not batch.labels_a and not saver.run.has_picture("mixed"):
             draw_mixed(saver.run, batch, data, state.step)
 
     return run_epoch(saver, loader, total_steps, take_step)
 
 
-def step(state: TrainingState, guard: FiniteGuard, batch: MixedBatch, config: ClsConfig, global_size: int) -> None:
+def step(
+    state: TrainingState,
+    guard: FiniteGuard,
+    batch: MixedBatch,
+    spoilt: PerturbedBatch | None,
+    config: ClsConfig,
+    global_size: int,
+) -> None:
     """One optimizer step on this rank's share of a batch of ``global_size`` images.
 
     Every image weighs the same in the gradient, however unevenly a last batch falls to ranks and parts: a part's mean
     loss is weighted by its share of the global batch, and by the number of ranks, over which DDP averages. The state
-    notes this rank's share of the batch's mean loss; the sum over the ranks is the mean itself.
+    notes this rank's share of the batch's mean loss; the sum over the ranks is the mean itself. The loss of the
+    uncertainty head is no part of it.
     """
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
     parts = split(batch, config.grad_accum)
+    spoilt_parts = [None] * len(parts) if spoilt is None else split_perturbed(spoilt, len(parts))
     total = torch.zeros((), device=state.device)
-    for number, part in enumerate(parts):
+    for number, (part, spoilt_part) in enumerate(zip(parts, spoilt_parts, strict=True)):
         distributed_network = isinstance(state.network, DistributedDataParallel)
         wait = distributed_network and number < len(parts) - 1
         with state.network.no_sync() if wait else contextlib.nullcontext():
             with autocast(state.device, config.precision):
-                output = state.network(part.images)
+                output, foreseen = state.network(part.images, None if spoilt_part is None else spoilt_part.images)
             loss = mixed_cross_entropy(output.introspective_logits, part, label_smoothing=config.label_smoothing)
-            loss = loss * (len(part.images) / global_size)
-            state.scaler.scale(loss * distributed.world_size()).backward()
-        total += loss.detach()
-    figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in output._asdict().items()}
+            share = len(part.images) / global_size
+            total += loss.detach() * share
+            if output.foresight is not None:
+                head_loss = uncertainty_loss(output, part, foreseen, spoilt_part)
+                loss = loss + config.uncertainty_weight * head_loss
+            state.scaler.scale(loss * share * distributed.world_size()).backward()
+    columns = {name: value for name, value in output._asdict().items() if isinstance(value, Tensor) and value.ndim == 2}
+    figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
+    if output.foresight is not None:
+        figures["loss of the uncertainty head"] = head_loss.detach()
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.uncertainty_head.parameters(), HEAD_GRADIENT_NORM)
     if guard.update(total, figures) and state.ema is not None:
         state.ema.update(state.model, step=state.step)
+
+
+def uncertainty_loss(
+    output: ClassifierOutput, batch: MixedBatch, foreseen: Foreseen | None, spoilt: PerturbedBatch | None
+) -> Tensor:
+    """What the uncertainty head is trained by: the batch itself, and images that were spoilt for it to be unsure of."""
+    assert output.foresight is not None
+    lam = batch.lam.expand(len(batch.images))
+    foresight, logits = output.foresight, output.logits
+    rows = [(batch.labels_a, batch.labels_b, lam, torch.ones_like(lam, dtype=torch.bool))]
+    if foreseen is not None and spoilt is not None:
+        foresight = Foresight(*(torch.cat(pair) for pair in zip(foresight, foreseen[0], strict=True)))
+        logits = torch.cat([logits, foreseen[1]])
+        rows.append((spoilt.labels_a, spoilt.labels_b, spoilt.lam, spoilt.clean))
+    labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
+    return foresight_loss(foresight.foreseen_loss, foresight.belief, logits, labels_a, labels_b, lam, answers)
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
@@ -274,22 +344,55 @@ def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
     return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in columns]
 
 
-def augment_and_mix(
-    images: Tensor, labels: Tensor, config: ClsConfig, preprocessing: Preprocessing, generator: torch.Generator
-) -> MixedBatch:
-    """A training batch from the loader's bytes: crop, flip, colour, normalise, mix; all on the images' device.
+def split_perturbed(batch: PerturbedBatch, parts: int) -> list[PerturbedBatch]:
+    """The batch in ``parts`` parts of about the same size."""
+    return [PerturbedBatch(*columns) for columns in zip(*(column.tensor_split(parts) for column in batch), strict=True)]
 
-    Args:
-        images: (B, 3, S, S) uint8.
-        labels: (B,) int64 on the same device.
-        generator: CPU generator of every draw.
-    """
-    count, (height, width) = len(images), images.shape[2:]
+
+def crop_and_flip(images: Tensor, config: ClsConfig, generator: torch.Generator) -> Tensor:
+    """(B, 3, S, S) uint8 -> the same, on the images' device; draws from a CPU generator."""
+    count = len(images)
     if config.crop_padding:
         offsets = sample_crop(count, padding=config.crop_padding, generator=generator)
         images = apply_crop(images, offsets, padding=config.crop_padding)
     if config.flip:
         images = apply_flip(images, sample_flip(count, generator=generator))
+    return images
+
+
+def spoil(
+    images: Tensor, labels: Tensor, config: ClsConfig, preprocessing: Preprocessing, state: TrainingState
+) -> PerturbedBatch | None:
+    """Some of the batch's images, spoilt so that the uncertainty head sees what the model is unsure of; normalised.
+
+    They are drawn by the step's number alone: the classifier's own training is the same with and without them.
+
+    Args:
+        images: (B, 3, S, S) uint8, as they are trained on but for colour and mixing.
+        labels: (B,) int64.
+    """
+    if config.uncertainty_loss == "none" or config.uncertainty_share == 0:
+        return None
+    assert config.uncertainty_shifts is not None
+    generator, kinds = step_generator(state.seed, state.step), config.uncertainty_shifts
+    batch = spoilt_images(images, labels, config.uncertainty_share, kinds, generator, least=config.grad_accum)
+    images = normalise(batch.images, preprocessing.mean, preprocessing.std)
+    return batch._replace(
+        images=images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
+    )
+
+
+def colour_and_mix(
+    images: Tensor, labels: Tensor, config: ClsConfig, preprocessing: Preprocessing, generator: torch.Generator
+) -> MixedBatch:
+    """The rest of a training batch: colour, normalise, mix; all on the images' device.
+
+    Args:
+        images: (B, 3, S, S) uint8, cropped and flipped.
+        labels: (B,) int64 on the same device.
+        generator: CPU generator of every draw.
+    """
+    count, (height, width) = len(images), images.shape[2:]
     if config.color_jitter:
         strength = dict.fromkeys(("brightness", "contrast", "saturation"), config.color_jitter)
         images = apply_color_jitter(images, sample_color_jitter(count, **strength, generator=generator))

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
     MixedBatch,
+    PerturbedBatch,
     apply_crop,
     apply_cutmix,
     apply_flip,
@@ -36,6 +37,7 @@ from augment import (
     sample_cutmix,
     sample_flip,
     sample_mixup,
+    spoilt_images,
 )
 from idml import distributed
 from idml.backbones import create_backbone
@@ -44,18 +46,21 @@ from idml.checkpoint_files import read_verified
 from idml.config import dump_config, parse_name_values
 from idml.config_dml import DmlConfig, parse_dml_config
 from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
+from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
+from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
+from idml.foresight import foresight_loss
 from idml.losses import MetricLoss, scale_uncertainty_head
-from idml.models import EmbedderOutput, IntrospectiveEmbedder
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
+from idml.random_state import step_generator
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
-from idml.retrieval_evaluation import Embedded, Found, embed, search
+from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, search
 from idml.run import Run, default_run_directory
 from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.saving import Saver
@@ -85,7 +90,7 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
     data = read_retrieval_data(config)
-    model = build_model(config)
+    model = build_model(config, len(data.train.classes))
     loss = build_loss(config, len(data.train.classes))
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
     loss = loss.to(device)
@@ -134,8 +139,8 @@ def use_gpus(config: DmlConfig, arguments: Sequence[str]) -> None:
         os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *arguments])
 
 
-def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
-    """The network of a config, with the weights that it starts from."""
+def build_model(config: DmlConfig, num_classes: int) -> IntrospectiveEmbedder:
+    """The network of a config, with the weights that it starts from; ``num_classes`` of the training images."""
     backbone = create_backbone(
         config.model,
         image_size=config.image_size,
@@ -145,7 +150,14 @@ def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
     if config.pretrained not in (None, "timm") and config.resume is None:
         load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
     return IntrospectiveEmbedder(
-        backbone, config.embedding_size, config.uncertainty_dim, config.pool, config.ism, l2_norm=bool(config.l2_norm)
+        backbone,
+        config.embedding_size,
+        config.uncertainty_dim,
+        config.pool,
+        config.ism,
+        l2_norm=bool(config.l2_norm),
+        uncertainty_loss=config.uncertainty_loss,
+        num_classes=num_classes,
     )
 
 
@@ -160,6 +172,7 @@ def build_loss(config: DmlConfig, num_classes: int) -> MetricLoss:
         margin=config.mrg,
         scale=config.alpha,
         proxy_norm=config.proxy_norm,
+        track_centres=config.uncertainty_loss != "none",
     )
 
 
@@ -242,35 +255,44 @@ def train(
 def evaluate_model(
     config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders, *, last: bool
 ) -> tuple[Embedded, Found]:
-    """The embeddings of the test images, and what they find; ``last`` as in ``search``."""
+    """The embeddings of the test images, and what they find; ``last`` as in ``search``.
+
+    Where classes were held out, the probability of an error is calibrated on them before.
+    """
+    if loaders.val and config.uncertainty_loss != "none":
+        calibrate(model, embed(model, loaders.val, data.preprocessing, config.precision))
     tested = embed(model, loaders.test, data.preprocessing, config.precision)
     gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
-    return tested, search(tested, gallery, data, config, next(model.parameters()).device, last=last)
+    return tested, search(tested, gallery, data, config, model, last=last)
 
 
 class Parts(nn.Module):
     """The network for one or more batches of images: in one forward pass where no batch norm would mix them up.
 
-    One call, so that under DDP the gradients of all parts are averaged once.
+    One call, so that under DDP the gradients of all parts are averaged once; those of images that the uncertainty head
+    alone learns from, too.
     """
 
-    def __init__(self, model: IntrospectiveEmbedder) -> None:
+    def __init__(self, network: nn.Module, model: IntrospectiveEmbedder) -> None:
         super().__init__()
-        self.model = model
+        self.network, self.model = network, model
 
-    def forward(self, *parts: Tensor) -> list[EmbedderOutput]:
-        """An output for each part."""
+    def forward(self, *parts: Tensor, spoilt: Tensor | None = None) -> list[EmbedderOutput]:
+        """An output for each part, and one for the spoilt images."""
+        foreseen = [] if spoilt is None else [self.model.foresee(spoilt)]
         batch_norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         if len(parts) == 1 or any(module.training for module in batch_norms):
-            return [self.model(images) for images in parts]
-        output = self.model(torch.cat(parts))
+            return [self.network(images) for images in parts] + foreseen
+        output = self.network(torch.cat(parts))
         sizes = [len(images) for images in parts]
-        return [EmbedderOutput(*columns) for columns in zip(*(column.split(sizes) for column in output), strict=True)]
+        columns = [[None] * len(parts) if column is None else column.split(sizes) for column in output]
+        return [EmbedderOutput(*part) for part in zip(*columns, strict=True)] + foreseen
 
 
 def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
     """What is called in training: the model compiled and distributed, as far as asked for."""
-    network: nn.Module = Parts(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    network: nn.Module = Parts(compiled, model)
     if distributed.world_size() > 1:
         device = next(model.parameters()).device
         # Buffers are copied from rank 0 before each evaluation.
@@ -290,14 +312,23 @@ def train_epoch(
         freeze_batch_norm(state.model)
 
     def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
-        images = augment(images, config, data, state.generator, global_size)
-        step(state, guard, images, mix(images, labels, config, state.generator, global_size), config, global_size)
+        images = crop_and_flip(images, data, state.generator, global_size)
+        spoilt = spoil(images, labels, config, data.preprocessing, state)
+        images = normalised(images, config, data.preprocessing)
+        batch = mix(images, labels, config, state.generator, global_size)
+        step(state, guard, images, batch, spoilt, config, global_size)
 
     return run_epoch(saver, loaders.train, total_steps, take_step)
 
 
 def step(
-    state: TrainingState, guard: FiniteGuard, images: Tensor, batch: MixedBatch, config: DmlConfig, global_size: int
+    state: TrainingState,
+    guard: FiniteGuard,
+    images: Tensor,
+    batch: MixedBatch,
+    spoilt: PerturbedBatch | None,
+    config: DmlConfig,
+    global_size: int,
 ) -> None:
     """One optimizer step on this rank's share of a batch of ``global_size`` images.
 
@@ -310,8 +341,11 @@ def step(
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(device, config.precision):
-        outputs = state.network(*([images, batch.images] if mixed else [images]))
-    embeddings = [distributed.gather_batch(output.joint(), global_size) for output in outputs]
+        outputs = state.network(
+            *([images, batch.images] if mixed else [images]), spoilt=None if spoilt is None else spoilt.images
+        )
+    parts = outputs[: 1 + mixed]
+    embeddings = [distributed.gather_batch(output.joint(), global_size) for output in parts]
     labels, partners = (distributed.gather_batch(labels, global_size) for labels in (batch.labels_a, batch.labels_b))
     # Miners draw at random: the same on every rank, whatever else has been drawn.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -322,7 +356,13 @@ def step(
             own, others = loss_of(embeddings[1], labels), loss_of(embeddings[1], partners)
             figures |= {"loss of mixed images, own labels": own.detach(), "partners' labels": others.detach()}
             loss = loss + batch.lam * own + (1 - batch.lam) * others
-    state.scaler.scale(loss).backward()
+    total = loss
+    if config.uncertainty_loss != "none":
+        loss_of.note_centres(embeddings[0][:, : config.embedding_size], labels)
+        head_loss = uncertainty_loss(state.model, loss_of, outputs, batch, spoilt)
+        figures["loss of the uncertainty head"] = head_loss.detach()
+        total = loss + config.uncertainty_weight * head_loss
+    state.scaler.scale(total).backward()
     distributed.average_gradients(loss_of.parameters())
     if config.clip_value:
         state.scaler.unscale_(state.optimizer)
@@ -335,10 +375,38 @@ def step(
     guard.update(loss.detach(), figures)
 
 
-def augment(
-    images: Tensor, config: DmlConfig, data: RetrievalData, generator: torch.Generator, global_size: int
+def uncertainty_loss(
+    model: nn.Module,
+    loss_of: MetricLoss,
+    outputs: Sequence[EmbedderOutput],
+    batch: MixedBatch,
+    spoilt: PerturbedBatch | None,
 ) -> Tensor:
-    """A training batch from the loader's bytes: crop, flip, normalise; on the images' device.
+    """What the uncertainty head is trained by: this rank's images, mixed ones, and those spoilt for it to be unsure of.
+
+    Args:
+        model: gives logits for the head's belief.
+        loss_of: gives those of the semantic embedding, whose cross-entropy is what is to be foreseen.
+        outputs: of the images, of the mixed ones if there are any, of the spoilt ones if there are any.
+        batch, spoilt: have their labels.
+    """
+    assert isinstance(model, IntrospectiveEmbedder)
+    one = torch.ones(len(batch.labels_a), device=batch.labels_a.device)
+    rows = [(batch.labels_a, batch.labels_a, one, one > 0)]
+    if batch.labels_b is not batch.labels_a:
+        rows.append((batch.labels_a, batch.labels_b, batch.lam.expand(len(one)), one < 0))
+    if spoilt is not None:
+        rows.append((spoilt.labels_a, spoilt.labels_b, spoilt.lam, spoilt.clean))
+    labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
+    foreseen, belief, semantic = (
+        torch.cat([getattr(output, name) for output in outputs]) for name in ("foreseen_loss", "belief", "semantic")
+    )
+    logits = loss_of.class_logits(semantic)
+    return foresight_loss(foreseen, model.belief_logits(belief), logits, labels_a, labels_b, lam, answers)
+
+
+def crop_and_flip(images: Tensor, data: RetrievalData, generator: torch.Generator, global_size: int) -> Tensor:
+    """A training batch from the loader's bytes, cropped and flipped; on the images' device.
 
     Args:
         images: (b, 3, S, S) uint8, this rank's share of the batch.
@@ -351,8 +419,33 @@ def augment(
         images = apply_crop(images, offsets, padding=data.crop_padding, fill=data.crop_fill)
     if data.flip:
         images = apply_flip(images, sample_flip(global_size, generator=generator)[own])
-    images = normalise(images, data.preprocessing.mean, data.preprocessing.std)
+    return images
+
+
+def normalised(images: Tensor, config: DmlConfig, preprocessing: Preprocessing) -> Tensor:
+    """(b, 3, S, S) uint8 -> float32, in the memory layout of the network."""
+    images = normalise(images, preprocessing.mean, preprocessing.std)
     return images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
+
+
+def spoil(
+    images: Tensor, labels: Tensor, config: DmlConfig, preprocessing: Preprocessing, state: TrainingState
+) -> PerturbedBatch | None:
+    """Some of this rank's images, spoilt so that the uncertainty head sees what the model is unsure of; normalised.
+
+    They are drawn by the step's number and the rank alone: the rest of the training is the same with and without them.
+
+    Args:
+        images: (b, 3, S, S) uint8, as they are trained on but for mixing.
+        labels: (b,) int64.
+    """
+    if config.uncertainty_loss == "none" or config.uncertainty_share == 0:
+        return None
+    assert config.uncertainty_shifts is not None
+    batch = spoilt_images(
+        images, labels, config.uncertainty_share, config.uncertainty_shifts, step_generator(state.seed, state.step)
+    )
+    return batch._replace(images=normalised(batch.images, config, preprocessing))
 
 
 def mix(images: Tensor, labels: Tensor, config: DmlConfig, generator: torch.Generator, global_size: int) -> MixedBatch:

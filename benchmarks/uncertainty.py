@@ -1,17 +1,20 @@
 """Is the uncertainty any good? Every score of every method beside those that cost nothing, several seeds each.
 
-    python benchmarks/uncertainty.py --emoji emoji64.npz     six methods on Fashion-MNIST, ProxyAnchor on emoji
-    python benchmarks/uncertainty.py --parts classification  only the first
+    python benchmarks/uncertainty.py --emoji emoji64.npz     Fashion-MNIST, digits, emoji
+    python benchmarks/uncertainty.py --parts fashion-mnist   only the first
     python benchmarks/uncertainty.py --quick                 a few steps on the embedded sets: that it runs
 
-Classification: ResNet-20 on 20,000 images of Fashion-MNIST, tested on its 10,000 test images. Of each score: how well
-it ranks the errors (error AUROC, AURC, E-AURC, AUGRC, risk at 80 % coverage, coverage at 5 % risk) and how well it
-tells clean test images from the same ones mixed, cut, blurred, noisy and cropped, and from another data set (AUROC).
-Retrieval: ProxyAnchor off and live on the emoji pack, tested on unseen classes: the same, an error being a nearest
-neighbour of another class.
+Classification: ResNet-20 on 20,000 images of Fashion-MNIST (a tenth of them held out to calibrate on), tested on its
+10,000 test images; ResNet-8 on scikit-learn's digits. Of each score: how well it ranks the errors (error AUROC, AURC,
+E-AURC, AUGRC, risk at 80 % coverage, coverage at 5 % risk) and how well it tells clean test images from the same ones
+mixed, cut, blurred, noisy and cropped, and from another data set (AUROC).
+Retrieval: ProxyAnchor off and live on the emoji pack (a tenth of the training classes held out), tested on unseen
+classes: the same, an error being a nearest neighbour of another class.
 
-Prints a Markdown table for each part (mean and standard deviation over the seeds); every figure goes to
-benchmarks/results/uncertainty.json with hardware, versions and commit.
+The six methods are those of the paper; "+ foresight" is the same method with --uncertainty-loss loss-prediction.
+
+Prints Markdown tables for each part (mean and standard deviation over the seeds), and what the pairs differ by; every
+figure goes to benchmarks/results/uncertainty.json with hardware, versions and commit.
 """
 
 from __future__ import annotations
@@ -44,9 +47,10 @@ from idml.data.retrieval_datasets import read_retrieval_data
 from idml.data.torch_loader import TorchLoader
 from idml.environment import git_commit, hardware, versions
 from idml.errors import run_main
+from idml.foresight import SEARCH_EVIDENCE, search_evidence
 from idml.metrics import auroc, calibration_metrics, nearest_neighbours, selective_metrics
 from idml.models import uncertainty_score
-from idml.scores import classifier_scores
+from idml.scores import FREE_SCORES, classifier_scores
 from train_cls import build_model as build_classifier
 from train_dml import build_model as build_embedder
 
@@ -63,6 +67,21 @@ COLUMNS = {
     **{kind: kind for kind in SHIFTS},
     "other set": "other set",
 }
+
+FORESIGHT = " + foresight"
+"""Behind the name of a method that is trained with loss prediction."""
+
+METHOD_NAMES = [*METHODS, *(name + FORESIGHT for name, (ism, _) in METHODS.items() if ism != "off")]
+PAIRS = {
+    "ism + foresight": "baseline",
+    "idml-mixup + foresight": "mixup",
+    "idml-cutmix + foresight": "cutmix",
+    "ProxyAnchor live + foresight": "ProxyAnchor off",
+}
+"""What each method with foresight is compared with: the same, plain."""
+
+MORE_SEEDS = ("mixup", "idml-mixup + foresight")
+"""The pair that ``--more-seeds`` adds seeds to."""
 
 Scores = dict[str, Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -147,7 +166,7 @@ def measure_embedder(run: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(run / "checkpoints/last.pt")
     config, _ = parse_dml_config(["--config", str(run / "config.yaml"), "--output-dir", str(run)], description="")
     data = read_retrieval_data(config)
-    model = build_embedder(config)
+    model = build_embedder(config, len(data.train.classes))
     model.load_state_dict(checkpoint["model"])
     model.eval()
     preprocessing: Preprocessing = data.preprocessing
@@ -159,62 +178,107 @@ def measure_embedder(run: Path) -> dict[str, Any]:
         output = model(normalise(images, preprocessing.mean, preprocessing.std))
         found = {"semantic": output.semantic, "-|feature|": -output.norm}
         found["random"] = torch.rand(len(images), generator=generator)
+        if output.foreseen_loss is not None:
+            return found | {"foreseen loss": output.foreseen_loss, "belief": output.belief}
         return found | ({"|u|": uncertainty_score(output)} if config.ism != "off" else {})
 
     clean = score_all(embed, batches(data.test, preprocessing.image_size), None, 0)
-    gallery = clean.pop("semantic")
-    neighbours, similarities = nearest_neighbours(gallery, 1)
+    gallery = clean["semantic"]
+    neighbours, similarities = nearest_neighbours(gallery, 2)
     right = labels[neighbours[:, 0]] == labels
-    scores = {"1 - top similarity": 1 - similarities[:, 0]} | clean
+
+    def scores_of(found: Scores, nearest: Tensor, near: Tensor) -> Scores:
+        """Of queries with their (Q,) nearest and (Q, 2) similarities."""
+        scores = {"1 - top similarity": 1 - near[:, 0], "gap to the second": near[:, 1] - near[:, 0]}
+        scores |= {name: value for name, value in found.items() if value.ndim == 1}
+        if "belief" in found:
+            shown = (clean["belief"][nearest], clean["foreseen loss"][nearest])
+            evidence = search_evidence(found["belief"], found["foreseen loss"], *shown, near)
+            scores["belief apart"] = evidence[:, SEARCH_EVIDENCE.index("belief")]
+            scores["P(wrong)"] = model.search_calibration(evidence)
+        return scores
+
+    scores = scores_of(clean, neighbours[:, 0], similarities)
     shifted = {}
     for kind in SHIFTS:
         found = score_all(embed, batches(data.test, preprocessing.image_size), kind, 1)
         # The clean image of a shifted one is left out of what it finds, as it is for the clean ones.
-        among = found.pop("semantic") @ gallery.T
+        among = found["semantic"] @ gallery.T
         among.fill_diagonal_(-1)
-        shifted[kind] = {"1 - top similarity": 1 - among.amax(1)} | found
+        near, nearest = among.topk(2, dim=1)
+        shifted[kind] = scores_of(found, nearest[:, 0], near)
     return {"run": {"R@1": right.double().mean().item()}, "scores": rank_and_tell(scores, right, shifted)}
 
 
-def classification(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The six methods."""
+Job = tuple[str, list[str]]
+"""A training script and its options."""
+
+
+def run_jobs(jobs: dict[str, Job], folder: Path, processes: int) -> None:
+    """Train what is not there yet, several runs beside one another; a job's name is that of its folder."""
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda name: train(*jobs[name], folder / name), jobs))
+
+
+def classification(
+    arguments: argparse.Namespace, folder: Path, options: list[str], prefix: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The methods on one data set."""
+    names = arguments.methods or METHOD_NAMES
+    runs: dict[str, list[str]] = {}
+    jobs: dict[str, Job] = {}
+    for name in names:
+        method, *foresight = name.split(FORESIGHT)
+        chosen = [*options, "--method", method]
+        if METHODS[method][0] != "off":
+            chosen += ["--uncertainty-loss", "loss-prediction" if foresight else "none"]
+        for seed in [*arguments.seeds, *(arguments.more_seeds if name in MORE_SEEDS else [])]:
+            run = f"{prefix}{method}{'-foresight' if foresight else ''}-s{seed}"
+            jobs[run] = ("train_cls.py", [*chosen, "--seed", str(seed)])
+            runs.setdefault(name, []).append(run)
+    run_jobs(jobs, folder, arguments.processes)
+    return {name: [measure_classifier(folder / run) | {"run name": run} for run in of] for name, of in runs.items()}
+
+
+def fashion_mnist(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Six methods, and three with foresight, on Fashion-MNIST."""
     if arguments.quick:
         options = ["--dataset", "fashion-mnist-mini", "--model", "resnet8_cifar", "--max-steps", "10"]
     else:
         subset_of_fashion_mnist(folder / "fashion-mnist")
         options = ["--dataset", "fashion-mnist", "--data-dir", str(folder / "fashion-mnist"), "--loader", "torch"]
-        options += ["--model", arguments.model, "--epochs", str(arguments.epochs), "--batch-size", "128"]
-    names = list(METHODS) if arguments.methods is None else arguments.methods
-    jobs = {f"{name}-s{seed}": (name, seed) for seed in arguments.seeds for name in names}
+        options += ["--model", "resnet20_cifar", "--image-size", "28", "--batch-size", "128"]
+        options += ["--epochs", str(arguments.epochs)]
+    return classification(arguments, folder, [*options, "--val-fraction", "0.1"], "")
 
-    def work(job: str) -> None:
-        name, seed = jobs[job]
-        train("train_cls.py", [*options, "--method", name, "--seed", str(seed)], folder / job)
 
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        list(pool.map(work, jobs))
-    return {name: [measure_classifier(folder / f"{name}-s{seed}") for seed in arguments.seeds] for name in names}
+def digits(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The same on scikit-learn's digits."""
+    options = ["--dataset", "digits", "--model", "resnet8_cifar", "--val-fraction", "0.2", "--batch-size", "32"]
+    return classification(arguments, folder, [*options, "--epochs", "1" if arguments.quick else "6"], "digits-")
 
 
 def retrieval(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """ProxyAnchor, plain and live."""
-    options = ["--config", str(ROOT / "configs/quick/emoji.yaml")]
+    """ProxyAnchor, plain, live, and live with foresight."""
+    options = ["--config", str(ROOT / "configs/quick/emoji.yaml"), "--mix", "none", "--val-fraction", "0.1"]
     if arguments.quick:
         options += ["--dataset", "emoji-mini", "--max-steps", "4"]
     else:
-        options += ["--data-dir", str(Path(arguments.emoji).resolve())]
-    jobs = {f"emoji-{ism}-s{seed}": (ism, seed) for seed in arguments.seeds for ism in ("off", "live")}
-
-    def work(job: str) -> None:
-        ism, seed = jobs[job]
-        train("train_dml.py", [*options, "--ism", ism, "--mix", "none", "--seed", str(seed)], folder / job)
-
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        list(pool.map(work, jobs))
-    return {
-        f"ProxyAnchor {ism}": [measure_embedder(folder / f"emoji-{ism}-s{seed}") for seed in arguments.seeds]
-        for ism in ("off", "live")
+        options += ["--data-dir", str(Path(arguments.emoji).resolve()), "--loader", "torch"]
+    variants = {
+        "ProxyAnchor off": ["--ism", "off"],
+        "ProxyAnchor live": ["--ism", "live", "--uncertainty-loss", "none"],
+        "ProxyAnchor live" + FORESIGHT: ["--ism", "live", "--uncertainty-loss", "loss-prediction"],
     }
+    seeds = [*arguments.seeds, *arguments.more_seeds]
+    runs = {name: [f"emoji-{name.split(' ', 1)[1].replace(' + ', '-')}-s{seed}" for seed in seeds] for name in variants}
+    jobs: dict[str, Job] = {
+        run: ("train_dml.py", [*options, *variants[name], "--seed", str(seed)])
+        for name, of in runs.items()
+        for run, seed in zip(of, seeds, strict=True)
+    }
+    run_jobs(jobs, folder, arguments.processes)
+    return {name: [measure_embedder(folder / run) | {"run name": run} for run in of] for name, of in runs.items()}
 
 
 def cell(values: list[float]) -> str:
@@ -226,10 +290,10 @@ def cell(values: list[float]) -> str:
 def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
     """A Markdown table: a line for every score of every method, the method's own figures in the same line."""
     own = list(next(iter(rows.values()))[0]["run"])
-    head = ["method", *own, "score", *COLUMNS.values()]
+    head = ["method", "n", *own, "score", *COLUMNS.values()]
     print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for method, runs in rows.items():
-        figures = [cell([run["run"][key] for run in runs]) for key in own]
+        figures = [str(len(runs)), *(cell([run["run"][key] for run in runs]) for key in own)]
         for score in runs[0]["scores"]:
             cells = [
                 cell([run["scores"][score][key] for run in runs]) if key in runs[0]["scores"][score] else "-"
@@ -238,23 +302,73 @@ def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
             print("| " + " | ".join([method, *figures, score, *cells]) + " |")
 
 
+def differences(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """Per seed, for each method with foresight, what the issue of the method is judged by.
+
+    Of the run itself: the error AUROC and E-AURC of P(wrong) less those of the best free score in the same run. Against
+    the plain method with the same seed: the accuracy, or R@1.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, other in PAIRS.items():
+        if name not in rows:
+            continue
+        free = "1 - max softmax" if "1 - max softmax" in rows[name][0]["scores"] else "1 - top similarity"
+        baselines = [key for key in rows[name][0]["scores"] if key in (*FREE_SCORES, "1 - top similarity")]
+        columns: dict[str, list[float]] = {}
+        for score in ("P(wrong)", "belief" if free == "1 - max softmax" else "foreseen loss"):
+            columns[f"error AUROC, {score} less {free}"] = [
+                run["scores"][score]["error_auroc"] - run["scores"][free]["error_auroc"] for run in rows[name]
+            ]
+        columns["E-AURC, P(wrong) less the lowest of the free scores"] = [
+            run["scores"]["P(wrong)"]["e_aurc"] - min(run["scores"][key]["e_aurc"] for key in baselines)
+            for run in rows[name]
+        ]
+        if other in rows:
+            key = next(iter(rows[name][0]["run"]))
+            pairs = zip(rows[name], rows[other], strict=False)
+            columns[f"{key}, less that of {other}"] = [mine["run"][key] - its["run"][key] for mine, its in pairs]
+        found[name] = columns
+    return found
+
+
+def print_differences(found: dict[str, dict[str, list[float]]]) -> None:
+    """A Markdown table of means with 95 % intervals (Student's t over the seeds)."""
+    from scipy.stats import t
+
+    print("\n| method | difference | n | mean | 95 % interval |\n|---|---|---|---|---|")
+    for name, columns in found.items():
+        for what, values in columns.items():
+            count, mean = len(values), statistics.mean(values)
+            interval = "-"
+            if count > 1:
+                half = t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
+                interval = f"{mean - half:+.4f} to {mean + half:+.4f}"
+            print(f"| {name} | {what} | {count} | {mean:+.4f} | {interval} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["classification", "retrieval"], choices=sorted(PARTS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--emoji", help="the .npz of the emoji pack")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="of classification; default all six")
-    parser.add_argument("--model", default="resnet20_cifar", help="of classification")
-    parser.add_argument("--epochs", type=int, default=10, help="of classification")
+    parser.add_argument(
+        "--more-seeds", type=int, nargs="*", default=[4, 5], help=f"of {' and '.join(MORE_SEEDS)}, emoji"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, help="of classification; default all")
+    parser.add_argument("--epochs", type=int, default=4, help="on Fashion-MNIST")
     parser.add_argument("--processes", type=int, default=2, help="runs beside one another, one thread each")
     parser.add_argument("--runs", type=Path, help="folder of the runs; those that are whole are not trained again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/uncertainty.json")
     parser.add_argument("--quick", action="store_true", help="a few steps on the embedded sets, one seed")
     arguments = parser.parse_args()
     if "retrieval" in arguments.parts and not arguments.quick and arguments.emoji is None:
-        parser.error("--emoji is needed (or --quick, or --parts classification)")
+        parser.error("--emoji is needed (or --quick, or --parts fashion-mnist digits)")
     if arguments.quick:
-        arguments.seeds, arguments.out = [1], arguments.out.with_stem(arguments.out.stem + "-quick")
+        arguments.seeds, arguments.more_seeds, arguments.out = (
+            [1],
+            [],
+            arguments.out.with_stem(arguments.out.stem + "-quick"),
+        )
     # Parts that are not run now keep what was measured before.
     stored = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -263,10 +377,12 @@ def main() -> None:
         for part in arguments.parts:
             rows = PARTS[part](arguments, folder)
             print_table(rows)
-            print(f"n = {len(arguments.seeds)} seed(s); {hardware()}")
+            print_differences(differences(rows))
+            print(f"{hardware()}")
             stored[part] = {
                 "rows": rows,
-                "seeds": arguments.seeds,
+                "differences": differences(rows),
+                "seeds": [*arguments.seeds, *arguments.more_seeds],
                 "hardware": hardware(),
                 "versions": versions(),
                 "commit": git_commit(),
@@ -277,7 +393,7 @@ def main() -> None:
     print(f"stored in {arguments.out}")
 
 
-PARTS = {"classification": classification, "retrieval": retrieval}
+PARTS = {"fashion-mnist": fashion_mnist, "digits": digits, "retrieval": retrieval}
 
 if __name__ == "__main__":
     run_main(main)

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
+from idml.checks_uncertainty import unused_uncertainty
 from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import is_main
 from idml.errors import UserError
@@ -31,6 +32,7 @@ def check_ranges(config: DmlConfig) -> None:
         "bn_freeze": (0, 1),
         "image_size": (8, math.inf),
         "test_fraction": (0.01, 0.99),
+        "val_fraction": (0, 0.9),
         "workers": (0, math.inf),
         "crop_padding": (0, math.inf),
         "IPC": (1, config.batch_size),
@@ -97,7 +99,7 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
     if config.device == "cpu":
         unused["gpu"] = "--device cpu asks for none"
-    unused |= unused_saving(config)
+    unused |= unused_saving(config) | unused_uncertainty(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.output_dir is not None:

@@ -88,21 +88,29 @@ def blocks_per_stage(depth: int, *, bottleneck: bool) -> int:
 class CifarBackbone(nn.Module):
     """timm's interface to a network that ends in average pooling and a linear classifier.
 
-    A subclass sets ``num_features``, makes its layers, calls ``_finish`` and defines ``forward_features``.
+    A subclass sets ``num_features``, makes its layers, calls ``_finish`` and defines ``stages``.
 
     Attributes:
         num_features: D, channels of the last feature map; ``head_hidden_size`` is the same.
         num_classes: length of the output; 0 for features.
         fc: the classifier, or the identity.
+        feature_info: channels of the map after each of ``stages``, under the name that timm has for them.
     """
 
     num_features: int
     head_hidden_size: int
     num_classes: int
     fc: nn.Module
+    feature_info: list[dict[str, int]]
 
-    def _finish(self, num_classes: int) -> None:
-        """Add the classifier, and draw the weights of the convolutions (normal of variance 2 / fan_out, He 2015)."""
+    def _finish(self, num_classes: int, channels: list[int]) -> None:
+        """Add the classifier, and draw the weights of the convolutions (normal of variance 2 / fan_out, He 2015).
+
+        Args:
+            num_classes: 0 for features.
+            channels: of the map after each of ``stages``.
+        """
+        self.feature_info = [{"num_chs": number} for number in channels]
         self.head_hidden_size = self.num_features
         self.reset_classifier(num_classes)
         for module in self.modules():
@@ -117,9 +125,17 @@ class CifarBackbone(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) float -> (B, D, H/4, W/4), rounded up."""
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
+        """The network up to the last map, cut after the first convolution and wherever the resolution falls."""
         raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) float -> (B, D, H/4, W/4), rounded up; >= 0."""
+        return self.forward_intermediates(x, indices=[])[0]
+
+    def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """timm's: (the last map, those after the stages that ``indices`` name)."""
+        return through_stages(self.stages(), x, indices)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, D, H/4, W/4) -> (B, num_classes), or the (B, D) feature."""
@@ -128,6 +144,18 @@ class CifarBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def through_stages(
+    stages: list[Callable[[Tensor], Tensor]], x: Tensor, indices: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """(What the last stage gives, what those at ``indices`` give)."""
+    outputs = []
+    for number, stage in enumerate(stages):
+        x = stage(x)
+        if number in indices:
+            outputs.append(x)
+    return x, outputs
 
 
 class BasicBlock(nn.Module):
@@ -208,11 +236,14 @@ class CifarResNet(CifarBackbone):
                 blocks.append(block(in_channels, channels, first_stride if index == 0 else 1))
                 in_channels = channels * block.expansion
         self.blocks = nn.Sequential(*blocks)
-        self._finish(num_classes)
+        self._finish(num_classes, [16, *(channels * block.expansion for channels in (16, 32, 64))])
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) float -> (B, D, H/4, W/4), rounded up; >= 0."""
-        return self.blocks(functional.relu(self.bn1(self.conv1(x)), inplace=True))
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
+        count = len(self.blocks) // 3
+        return [
+            lambda x: functional.relu(self.bn1(self.conv1(x)), inplace=True),
+            *(self.blocks[stage * count : (stage + 1) * count] for stage in range(3)),
+        ]
 
 
 default_cfgs = cifar_default_cfgs(VARIANTS)

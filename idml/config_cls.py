@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_cls import check_ranges, warn_without_effect
+from idml.checks_uncertainty import resolve_uncertainty
 from idml.config import build_config, option, parse_command_line, parse_name_values
 from idml.cutmix_flags import translate_cutmix_flags
 from idml.distributed import world_size
 from idml.errors import UserError
-from idml.models import IsmVariant
-from idml.resume import SavingOptions, resumed_layer
+from idml.models import IsmVariant, UncertaintyLoss
+from idml.resume import SavingOptions, resumed_layer, with_uncertainty_loss
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
@@ -43,6 +44,19 @@ class ClsConfig(SavingOptions):
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha); 1 in every published recipe")
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     uncertainty_dim: int = option(128, "length of the uncertainty embedding; released: 128 for CIFAR, 512 for ImageNet")
+
+    uncertainty_loss: UncertaintyLoss | None = option(
+        None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
+    )
+    uncertainty_weight: float = option(
+        0.3, "of that loss, which reaches the head alone; 0.3 is stable at lr 0.1, where 1 is not (docs/uncertainty.md)"
+    )
+    uncertainty_share: float = option(
+        0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
+    )
+    uncertainty_shifts: list[str] | None = option(
+        None, "how they are spoilt: of mixup, cutmix, blur, noise, crop; default all of them"
+    )
 
     model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,...}_cifar, pyramidnet..._cifar")
     model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
@@ -156,6 +170,7 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     if path is None:
         raise UserError("--eval-only needs --checkpoint FILE, the model to evaluate")
     values = read_checkpoint(path)["config"]
+    values = with_uncertainty_loss(values)
     known = {field.name for field in dataclasses.fields(ClsConfig)}
     of_that_run = {
         "output_dir",
@@ -177,6 +192,7 @@ def _resolve(config: ClsConfig, given: set[str], flags: set[str]) -> None:
     )
     if config.mix_prob is None:
         config.mix_prob = {"none": 0.0, "cutmix": 0.5, "mixup": 1.0}[config.mix]
+    resolve_uncertainty(config)
     if config.batch_size_per_gpu is not None:
         if "batch_size" in given and "batch_size_per_gpu" in given:
             raise UserError("give --batch-size (over all processes) or --batch-size-per-gpu, not both")

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_dml import check_ranges, warn_without_effect
+from idml.checks_uncertainty import resolve_uncertainty
 from idml.config import build_config, option, parse_command_line
 from idml.distributed import world_size
 from idml.errors import UserError
 from idml.losses import LOSSES, LossName
-from idml.models import IsmVariant
-from idml.resume import SavingOptions, resumed_layer
+from idml.models import IsmVariant, UncertaintyLoss
+from idml.resume import SavingOptions, resumed_layer, with_uncertainty_loss
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
@@ -36,6 +37,16 @@ class DmlConfig(SavingOptions):
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     embedding_size: int = option(512, "length of the semantic embedding; 512 in every published row", "--sz-embedding")
     uncertainty_dim: int | None = option(None, "length of the uncertainty embedding; default that of the semantic one")
+    uncertainty_loss: UncertaintyLoss | None = option(
+        None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
+    )
+    uncertainty_weight: float = option(0.3, "of that loss, which reaches the head alone")
+    uncertainty_share: float = option(
+        0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
+    )
+    uncertainty_shifts: list[str] | None = option(
+        None, "how they are spoilt: of mixup, cutmix, blur, noise, crop; default all of them"
+    )
     pool: Literal["avg+max", "avg", "max"] = option("avg+max", "pooling of the last feature map; released: the sum")
     alpha: float | None = option(None, "scale of Proxy_Anchor (default 32) and Proxy_NCA (default 32)")
     mrg: float | None = option(None, "margin of the loss, where it has one; default the published one")
@@ -58,6 +69,9 @@ class DmlConfig(SavingOptions):
     )
     test_fraction: float = option(
         0.5, "share of the classes that are tested on, where the data do not say (folder, csv)"
+    )
+    val_fraction: float = option(
+        0.0, "share of the training classes held out; the probability of an error is calibrated on them"
     )
     skip_bad_images: bool = option(False, "leave images out that cannot be decoded, and say how many")
     workers: int = option(4, "processes or threads per GPU that load images", "-j")
@@ -150,7 +164,7 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     if "loss" not in values:
         raise UserError(f"{path} is a checkpoint of train_cls.py; evaluate it with train_cls.py --eval-only")
     known = {field.name for field in dataclasses.fields(DmlConfig)}
-    return {name: value for name, value in values.items() if name in known - OF_THAT_RUN}
+    return {name: value for name, value in with_uncertainty_loss(values).items() if name in known - OF_THAT_RUN}
 
 
 def default_ks(dataset: str) -> list[int]:
@@ -164,6 +178,7 @@ def _resolve(config: DmlConfig) -> None:
         config.dataset = "sop" if config.dataset == "SOP" else "inshop"
     if config.mix is None:
         config.mix = "none" if config.ism == "off" else "mixup"
+    resolve_uncertainty(config)
     settings = LOSSES[config.loss]
     if config.uncertainty_dim is None:
         config.uncertainty_dim = config.embedding_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,25 @@ from augment import CutmixParams, MixupParams, apply_cutmix, apply_mixup, normal
 from idml.data.image_dataset import Preprocessing
 from idml.data.torch_loader import Loader
 from idml.distributed import all_reduce_sum, gather_interleaved
+from idml.foresight import ErrorCalibration
+from idml.heads import Foresight
 from idml.metrics.classification import Predictions, concatenate, predictions_of
 from idml.models import ClassifierOutput, uncertainty_score
 from idml.runtime import autocast
 
 
 class Evaluation(NamedTuple):
-    """Figures per image, and the share of uncertainty units that were positive for at least one image."""
+    """Figures of a data set.
+
+    Attributes:
+        predictions: per image.
+        active_units: share of uncertainty units that were positive for at least one image.
+        mixed_scores: (M,) uncertainty scores of mixed images, where they were measured.
+    """
 
     predictions: Predictions
     active_units: float
+    mixed_scores: Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,32 +67,56 @@ def evaluate(
     return Evaluation(Predictions(*gather_interleaved(concatenate(batches))), active_units)
 
 
+def calibrate(model: nn.Module, held_out: Predictions) -> bool:
+    """Fit the model's probability of an error to images that it was not trained on; the same on every rank.
+
+    Args:
+        model: an introspective classifier with loss prediction.
+        held_out: its predictions for them.
+
+    Returns:
+        Whether there were both right and wrong answers to fit it to; a warning says where not.
+    """
+    calibration = model.calibration
+    assert isinstance(calibration, ErrorCalibration)
+    return calibration.fit(held_out.evidence, held_out.predicted != held_out.label)
+
+
 def average(first: ClassifierOutput, second: ClassifierOutput) -> ClassifierOutput:
     """Two outputs for the same images as one: probabilities averaged (as log-probabilities), embeddings averaged."""
 
     def log_mean(a: Tensor, b: Tensor) -> Tensor:
         return torch.logaddexp(a.log_softmax(1), b.log_softmax(1)) - math.log(2)
 
+    def mean(a: Any, b: Any) -> Any:
+        return None if a is None or b is None else (a + b) / 2
+
+    foresight = None
+    if first.foresight is not None and second.foresight is not None:
+        foresight = Foresight(*map(mean, first.foresight, second.foresight))
     return ClassifierOutput(
         log_mean(first.logits, second.logits),
         log_mean(first.introspective_logits, second.introspective_logits),
-        (first.semantic + second.semantic) / 2,
-        (first.uncertainty + second.uncertainty) / 2,
+        mean(first.semantic, second.semantic),
+        mean(first.uncertainty, second.uncertainty),
+        mean(first.evidence, second.evidence),
+        mean(first.error_probability, second.error_probability),
+        foresight,
     )
 
 
 @torch.no_grad()
 def probe_uncertainty(
     model: nn.Module, loader: Loader, preprocessing: Preprocessing, precision: str, *, mix: str
-) -> dict[str, float]:
-    """Mean uncertainty score of the loader's images as they are, and mixed half and half with one another.
+) -> tuple[Tensor, Tensor]:
+    """Uncertainty scores of the loader's images as they are, and mixed half and half with one another.
 
     Args:
         model, loader, preprocessing, precision: as for ``evaluate``; the images should be of the training split.
         mix: ``"cutmix"`` takes the left half of each image from its partner; anything else averages the two.
 
     Returns:
-        ``uncertainty_train_clean`` and ``uncertainty_train_mixed``; the pairs are the same in every call.
+        (N,) clean and (N,) mixed, on the CPU and on every rank; the pairs are the same in every call.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -104,7 +137,4 @@ def probe_uncertainty(
             clean.append(uncertainty_score(model(images)))
             mixed.append(uncertainty_score(model(batch.images)))
     columns = gather_interleaved([torch.cat(clean).cpu(), torch.cat(mixed).cpu()])
-    return {
-        "uncertainty_train_clean": columns[0].mean().item(),
-        "uncertainty_train_mixed": columns[1].mean().item(),
-    }
+    return columns[0], columns[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet, GoogLeNet_Weights
 from torchvision.models import googlenet as torchvision_googlenet
+
+from idml.cifar_resnet import through_stages
 
 
 class GoogLeNetBackbone(GoogLeNet):
@@ -21,6 +24,7 @@ class GoogLeNetBackbone(GoogLeNet):
     """
 
     num_features = head_hidden_size = 1024
+    feature_info = ({"num_chs": 192}, {"num_chs": 480}, {"num_chs": 832}, {"num_chs": 1024})
 
     def __init__(self, num_classes: int = 0, dropout: float = 0.0) -> None:
         # torchvision's weights expect mean and standard deviation 0.5; this makes them so from ImageNet's statistics.
@@ -32,11 +36,23 @@ class GoogLeNetBackbone(GoogLeNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) float -> (B, 1024, H/32, W/32), rounded up; >= 0."""
-        x = self.conv3(self.conv2(self.maxpool1(self.conv1(self._transform_input(x)))))
-        x = self.inception3b(self.inception3a(self.maxpool2(x)))
-        for name in "abcde":
-            x = getattr(self, f"inception4{name}")(x if name != "a" else self.maxpool3(x))
-        return self.inception5b(self.inception5a(self.maxpool4(x)))
+        return self.forward_intermediates(x, indices=[])[0]
+
+    def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """timm's: (the last map, those at the resolutions H/4, H/8, H/16 and H/32 that ``indices`` name)."""
+
+        def fourth(x: Tensor) -> Tensor:
+            for name in "abcde":
+                x = getattr(self, f"inception4{name}")(x if name != "a" else self.maxpool3(x))
+            return x
+
+        stages: list[Callable[[Tensor], Tensor]] = [
+            lambda x: self.conv3(self.conv2(self.maxpool1(self.conv1(self._transform_input(x))))),
+            lambda x: self.inception3b(self.inception3a(self.maxpool2(x))),
+            fourth,
+            lambda x: self.inception5b(self.inception5a(self.maxpool4(x))),
+        ]
+        return through_stages(stages, x, indices)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1024, h, w) -> (B, num_classes), or the (B, 1024) feature."""

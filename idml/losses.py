@@ -14,9 +14,12 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
+from torch.nn import functional
 
 from idml.distance import DistanceForm, IntrospectiveDistance
-from idml.models import INITIAL_EXPONENT, IntrospectiveEmbedder, IsmVariant, UncertaintyHead
+from idml.embedder import IntrospectiveEmbedder
+from idml.heads import INITIAL_EXPONENT, ForesightHead, UncertaintyHead
+from idml.models import IsmVariant
 from idml.similarity import TEMPERATURE
 
 LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
@@ -25,6 +28,12 @@ PROXY_NORM = 3.2
 """Norm that proxies of a live loss start from: sqrt(2 D / C) for D = 512 and C = 100, which is what the released
 initialisation gives on CUB-200-2011 (C = 100). It falls with the number of classes, to 0.3 for the 11,318 of Stanford
 Online Products, and with it alpha and every ISM weight; a live loss starts from the same norm for any C."""
+
+CLASS_SCALE = 32.0
+"""Scale of the cosines whose cross-entropy an uncertainty head foresees: that of Proxy_Anchor and Proxy_NCA."""
+
+CENTRE_MOMENTUM = 0.1
+"""Share of the newest batch in a class's running centre."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +153,13 @@ class MetricLoss(nn.Module):
         margin, scale: in place of the published ones.
         proxy_norm: norm that each proxy starts from. By default ``PROXY_NORM`` for ``"live"``; otherwise proxies keep
             the released initialisation (normal, variance 2 / C for Proxy_Anchor).
+        track_centres: keep a running centre of each class, for ``class_logits`` of a loss without proxies.
+
+    Attributes:
+        centres: (C, D) float32 buffer, only where they are tracked; zero of a class not yet seen.
     """
+
+    centres: Tensor
 
     def __init__(
         self,
@@ -157,6 +172,7 @@ class MetricLoss(nn.Module):
         margin: float | None = None,
         scale: float | None = None,
         proxy_norm: float | None = None,
+        track_centres: bool = False,
     ) -> None:
         super().__init__()
         settings = LOSSES[name]
@@ -174,6 +190,8 @@ class MetricLoss(nn.Module):
         if self.proxies is not None and norm is not None:
             with torch.no_grad():
                 nn.init.normal_(self.proxies).mul_(norm / self.proxies.norm(dim=1, keepdim=True))
+        if track_centres and self.proxies is None:
+            self.register_buffer("centres", torch.zeros(num_classes, embedding_dim))
 
     @property
     def proxies(self) -> nn.Parameter | None:
@@ -196,6 +214,31 @@ class MetricLoss(nn.Module):
             return self.loss(embeddings, labels)
         mined = self.miner((semantic if self.mines_semantic else embeddings).detach(), labels)
         return self.loss(embeddings, labels, mined)
+
+    @torch.no_grad()
+    def note_centres(self, semantic: Tensor, labels: Tensor) -> None:
+        """Let the classes' running centres take in a batch (of all ranks); nothing where they are not tracked."""
+        centres = getattr(self, "centres", None)
+        if centres is None:
+            return
+        classes, position = labels.unique(return_inverse=True)
+        sums = semantic.new_zeros(len(classes), semantic.shape[1]).index_add_(0, position, semantic.detach())
+        means = functional.normalize(sums, dim=1)
+        known = centres[classes].any(1, keepdim=True)
+        centres[classes] = torch.where(known, centres[classes].lerp(means, CENTRE_MOMENTUM), means)
+
+    @torch.no_grad()
+    def class_logits(self, semantic: Tensor) -> Tensor:
+        """How near each image is to each training class: the loss that an uncertainty head foresees is from these.
+
+        Args:
+            semantic: (B, D).
+
+        Returns:
+            (B, C) float32, ``CLASS_SCALE`` times the cosine to the class's proxy, or to its centre.
+        """
+        directions = self.centres if self.proxies is None else self.proxies
+        return CLASS_SCALE * functional.normalize(semantic.float(), dim=1) @ functional.normalize(directions, dim=1).T
 
     @torch.no_grad()
     def ism_weight(self, embeddings: Tensor) -> float:
@@ -231,7 +274,7 @@ def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, image
     was_training = model.training
     model.eval()
     if model.ism == "live":
-        assert isinstance(model.uncertainty_head, UncertaintyHead)
+        assert isinstance(model.uncertainty_head, (UncertaintyHead, ForesightHead))
         # In float64, and not from the weights: those of a very small head are rounded to 1.
         exponent = loss._of_comparisons("exponents", model(images).joint().cpu().double()).mean().item()
         if exponent > 0:  # else there is nothing to compare, or nothing in the features

@@ -23,6 +23,7 @@ any other size: ``timm.create_model("pyramidnet_cifar", depth=110, alpha=64, bot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.models import register_model
@@ -149,11 +150,18 @@ class PyramidNet(CifarBackbone):
         self.blocks = nn.Sequential(*blocks)
         self.num_features = in_channels
         self.bn2 = nn.BatchNorm2d(in_channels)
-        self._finish(num_classes)
+        widths = [channels * block.expansion for channels in block_widths(alpha, 3 * blocks_in_stage)]
+        self._finish(num_classes, [STEM_CHANNELS, *widths[blocks_in_stage - 1 :: blocks_in_stage]])
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) float -> (B, D, H/4, W/4), rounded up; >= 0."""
-        return functional.relu(self.bn2(self.blocks(self.bn1(self.conv1(x)))), inplace=True)
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
+        count = len(self.blocks) // 3
+        last = self.blocks[2 * count :]
+        return [
+            lambda x: self.bn1(self.conv1(x)),
+            self.blocks[:count],
+            self.blocks[count : 2 * count],
+            lambda x: functional.relu(self.bn2(last(x)), inplace=True),
+        ]
 
 
 default_cfgs = cifar_default_cfgs(VARIANTS)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from idml import distributed
+
 
 def random_state(generator: torch.Generator, device: torch.device) -> dict[str, Any]:
     """The states of Python, NumPy, torch, the GPU's generator and ``generator`` (of augmentation and mixing)."""
@@ -19,6 +21,11 @@ def random_state(generator: torch.Generator, device: torch.device) -> dict[str, 
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "generator": generator.get_state(),
     }
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A CPU generator for one step of this rank: the same after a resume, and apart from every other draw."""
+    return torch.Generator().manual_seed(((seed + 1) * 1_000_003 + distributed.rank()) * 100_003 + step)
 
 
 def set_random_state(state: dict[str, Any], generator: torch.Generator, device: torch.device) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor
 from augment import MixedBatch, denormalise
 from idml.data.image_dataset import DataSplits
 from idml.data.torch_loader import Loader
+from idml.evaluation import Evaluation
 from idml.metrics.classification import Predictions
+from idml.metrics.uncertainty import ECE_BINS
 from idml.pictures import extremes_grid, mixed_grid
+from idml.plots import reliability_plot, risk_coverage_plot
 from idml.run import Run, write_text
 
 
@@ -25,7 +28,8 @@ def epoch_line(metrics: Mapping[str, Any]) -> str:
     if "val_top1" in metrics:
         line += f"  val top-1 {metrics['val_top1']:.2%}"
     if "uncertainty_test" in metrics:
-        line += f"  |u| test {metrics['uncertainty_test']:.2f} clean {metrics['uncertainty_train_clean']:.2f}"
+        line += f"  error AUROC {metrics['error_auroc']:.3f} (1 - max softmax {metrics['error_auroc_max_softmax']:.3f})"
+        line += f"  u test {metrics['uncertainty_test']:.2f} clean {metrics['uncertainty_train_clean']:.2f}"
         line += f" mixed {metrics['uncertainty_train_mixed']:.2f} active {metrics['active_uncertainty_units']:.0%}"
     return line + f"  {metrics['images_per_second']:.0f} images/s"
 
@@ -63,16 +67,34 @@ def draw_mixed(run: Run, batch: MixedBatch, data: DataSplits, step: int) -> None
 
 def _ranking(predictions: Predictions, *, ism_on: bool) -> tuple[str, Tensor]:
     """Name and values of the score that images are ranked by: a plain classifier has no uncertainty embedding."""
-    return ("|u|", predictions.uncertainty) if ism_on else ("1 - max softmax", 1 - predictions.confidence)
+    if not ism_on:
+        return "1 - max softmax", 1 - predictions.confidence
+    return ("P(wrong)" if predictions.evidence.shape[1] else "|u|"), predictions.uncertainty
 
 
-def log_histograms(run: Run, predictions: Predictions, epoch: int, *, ism_on: bool) -> None:
-    """Histograms of the uncertainty score over all, rightly and wrongly classified test images."""
-    name, scores = _ranking(predictions, ism_on=ism_on)
+def log_uncertainty(run: Run, test: Evaluation, ism: str, epoch: int) -> None:
+    """TensorBoard's view of the uncertainty after an epoch: histograms, the risk-coverage curve, the reliability.
+
+    The histograms are of the score over all, rightly and wrongly classified test images, and over mixed training images
+    beside the clean ones. Curves go to ``pictures/risk_coverage.png`` and, where the score is a probability,
+    ``pictures/reliability.png`` too.
+    """
+    predictions = test.predictions
+    name, scores = _ranking(predictions, ism_on=ism != "off")
     right = predictions.predicted == predictions.label
-    for group, chosen in (("all", scores), ("right", scores[right]), ("wrong", scores[~right])):
+    groups = {"all": scores, "right": scores[right], "wrong": scores[~right]}
+    if test.mixed_scores is not None:
+        groups["mixed training images"] = test.mixed_scores
+    for group, chosen in groups.items():
         if len(chosen):
             run.log_histogram(f"{name} of test images/{group}", chosen, epoch)
+    if not run.writes:
+        return
+    curves = {name: scores} if ism == "off" else {name: scores, "1 - max softmax": 1 - predictions.confidence}
+    run.log_picture("risk_coverage", "risk and coverage on the test images", risk_coverage_plot(curves, right), epoch)
+    if predictions.evidence.shape[1]:
+        picture = reliability_plot(scores, ~right, name=f"{name}, {ECE_BINS} bins")
+        run.log_picture("reliability", "reliability of P(wrong) on the test images", picture, epoch)
 
 
 def draw_extremes(

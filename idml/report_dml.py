@@ -40,7 +40,9 @@ def epoch_line(metrics: Mapping[str, Any]) -> str:
         line += f"  test  {_retrieval(metrics, '')}"
         line += f"  R-AUROC 1-sim {metrics['R-AUROC similarity']:.3f}"
         if "R-AUROC uncertainty" in metrics:
-            line += f" |u| {metrics['R-AUROC uncertainty']:.3f}  ISM weight {metrics['ism_weight']:.3f}"
+            line += f" u {metrics['R-AUROC uncertainty']:.3f}"
+            line += f" search {metrics['R-AUROC search']:.3f}" if "R-AUROC search" in metrics else ""
+            line += f"  ISM weight {metrics['ism_weight']:.3f}"
     line += f"  {metrics['images_per_second']:.0f} images/s"
     if "other_families/R@1" in metrics:
         line += f"\n           without the query's family in the gallery  {_retrieval(metrics, 'other_families/')}"
@@ -66,6 +68,8 @@ def _neighbour_picture(
         images = torch.cat([loaders.test.images_at([query]), loader.images_at(neighbours)])
         name = data.test.classes[int(data.test.labels[query])]
         caption = f"|u| {tested.uncertainty[query]:.3g}" if ism_on else f"norm {tested.norm[query]:.3g}"
+        if found.error_probability is not None:
+            caption = f"P(wrong) {found.error_probability[query]:.2f}"
         captions = [f"{caption}\n{name}"]
         for neighbour, similarity in zip(neighbours, found.similarities[query].tolist(), strict=True):
             captions.append(f"sim {similarity:.2f}\n{searched.classes[int(searched.labels[neighbour])]}")

@@ -13,6 +13,8 @@ from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.torch_loader import Loader
 from idml.distributed import gather_interleaved
+from idml.embedder import IntrospectiveEmbedder
+from idml.foresight import log_loss_evidence, search_evidence
 from idml.metrics import nearest_neighbours, retrieval_auroc, retrieval_metrics
 from idml.models import uncertainty_score
 from idml.runtime import autocast
@@ -29,32 +31,39 @@ class Embedded(NamedTuple):
 
     Attributes:
         semantic: (N, D) float32.
-        uncertainty: (N,) norm of the uncertainty embedding.
+        uncertainty: (N,) ``uncertainty_score``.
         norm: (N,) length of the semantic embedding before it was normalised.
         labels: (N,) int64.
+        foreseen_loss: (N,) nats, and belief: (N, K) of unit length, of the uncertainty head; NaN and (N, 0) without
+            loss prediction.
     """
 
     semantic: Tensor
     uncertainty: Tensor
     norm: Tensor
     labels: Tensor
+    foreseen_loss: Tensor
+    belief: Tensor
 
 
 class Found(NamedTuple):
     """What the test images found: the figures, and per query (Q,) the nearest ones.
 
     Attributes:
-        metrics: R@K, RP, MAP@R, P@1, the R-AUROC of three scores; NMI and F1 where asked for; the same with the query's
-            family removed from the gallery, as ``other_families/R@1`` and so on, where the data have families.
+        metrics: R@K, RP, MAP@R, P@1, the R-AUROC of up to four scores; NMI and F1 where asked for; the same with the
+            query's family removed from the gallery, as ``other_families/R@1`` and so on, where the data have families.
         neighbours: (Q, 5) int64 positions in the gallery, nearest first.
         similarities: (Q, 5) their cosine similarities.
         right: (Q,) bool, whether the nearest one is of the query's class.
+        error_probability: (Q,) in [0, 1], that it is not, from query and nearest neighbour together; None without loss
+            prediction.
     """
 
     metrics: dict[str, float]
     neighbours: Tensor
     similarities: Tensor
     right: Tensor
+    error_probability: Tensor | None = None
 
 
 @torch.no_grad()
@@ -77,9 +86,36 @@ def embed(model: nn.Module, loader: Loader, preprocessing: Preprocessing, precis
         images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
         with autocast(device, precision):
             output = model(images)
-        columns = (output.semantic, uncertainty_score(output), output.norm)
-        batches.append([*(column.float().cpu() for column in columns), labels])
+        score, norm = uncertainty_score(output), output.norm
+        foreseen = torch.full_like(norm, torch.nan) if output.foreseen_loss is None else output.foreseen_loss
+        belief = norm.new_zeros(len(norm), 0) if output.belief is None else output.belief
+        columns = [column.float().cpu() for column in (output.semantic, score, norm, foreseen, belief)]
+        batches.append([*columns[:3], labels, *columns[3:]])
     return Embedded(*gather_interleaved([torch.cat(columns) for columns in zip(*batches, strict=True)]))
+
+
+def evidence_of(queries: Embedded, searched: Embedded, neighbours: Tensor, similarities: Tensor) -> Tensor:
+    """(Q, 5) ``search_evidence`` of what queries found: (Q, k) neighbours, nearest first, and their similarities."""
+    nearest = neighbours[:, 0]
+    return search_evidence(
+        queries.belief,
+        queries.foreseen_loss,
+        searched.belief[nearest],
+        searched.foreseen_loss[nearest],
+        similarities[:, :2],
+    )
+
+
+def calibrate(model: IntrospectiveEmbedder, held_out: Embedded) -> None:
+    """Fit the model's probabilities of an error to images of classes that it was not trained on.
+
+    They search one another. One probability is of the image alone, the other of what it has found. Of how many images a
+    nearest neighbour is wrong depends on how many there are to be found, so both mean a gallery like this one.
+    """
+    neighbours, similarities = nearest_neighbours(held_out.semantic, min(2, len(held_out.labels) - 1))
+    wrong = held_out.labels[neighbours[:, 0]] != held_out.labels
+    if model.calibration.fit(log_loss_evidence(held_out.foreseen_loss)[:, None], wrong):
+        model.search_calibration.fit(evidence_of(held_out, held_out, neighbours, similarities), wrong)
 
 
 def search(
@@ -87,21 +123,22 @@ def search(
     gallery: Embedded | None,
     data: RetrievalData,
     config: DmlConfig,
-    device: torch.device,
+    model: IntrospectiveEmbedder,
     *,
     last: bool,
 ) -> Found:
-    """The figures of a retrieval, computed on ``device``, the queries dealt out to the ranks.
+    """The figures of a retrieval, the queries dealt out to the ranks.
 
     Args:
         test: embeddings of the test images.
         gallery: of the gallery; None where the test images search one another.
         data: gives families.
         config: K, clustering, lone queries.
-        device: where to compute.
+        model: whose embeddings they are; figures are computed on its device.
         last: whether training is over; large sets are clustered only then.
     """
     assert config.ks is not None
+    device = next(model.parameters()).device
     searched = test if gallery is None else gallery
     embeddings, labels = searched.semantic.to(device), searched.labels.to(device)
     queries: dict[str, Any] = {} if gallery is None else {"query_embeddings": test.semantic.to(device)}
@@ -124,5 +161,10 @@ def search(
     scores = {"uncertainty": test.uncertainty, "norm": -test.norm, "similarity": 1 - similarities[:, 0]}
     if config.ism == "off":
         del scores["uncertainty"]
+    probability = None
+    if config.uncertainty_loss != "none":
+        evidence = evidence_of(test, searched, neighbours, similarities)
+        probability = scores["search"] = model.search_calibration.cpu()(evidence)
+        model.search_calibration.to(device)
     metrics |= {f"R-AUROC {name}": retrieval_auroc(score, right) for name, score in scores.items()}
-    return Found(metrics, neighbours, similarities, right)
+    return Found(metrics, neighbours, similarities, right, probability)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idml.models import ClassifierOutput, IntrospectiveClassifier
+from idml.foresight import EVIDENCE
+from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
 from idml.similarity import class_sq_distances, introspective_exponent
 
 FREE_SCORES = ("1 - max softmax", "entropy", "margin", "-|feature|", "random")
 """What every classifier gives, with and without ISM, and nothing at all: whatever a head says must be better."""
 
 ISM_SCORES = ("|u|", "beta/alpha", "confidence drop", "introspective entropy")
+
+FORESIGHT_SCORES = ("P(wrong)", "belief", "foreseen loss")
+"""With loss prediction: the calibrated probability of an error, and the two things that the head itself says."""
 
 
 @torch.no_grad()
@@ -26,7 +30,8 @@ def classifier_scores(
         generator: a CPU generator, for ``random``.
 
     Returns:
-        (B,) float32 on the CPU for each of ``FREE_SCORES`` and, unless ISM is off, of ``ISM_SCORES``:
+        (B,) float32 on the CPU for each of ``FREE_SCORES`` and, unless ISM is off, of ``ISM_SCORES`` and, with loss
+        prediction, of ``FORESIGHT_SCORES``:
 
         - ``1 - max softmax``, ``entropy`` (nats), ``margin`` (less the gap between the two likeliest classes): of the
           plain logits.
@@ -35,6 +40,9 @@ def classifier_scores(
         - ``beta/alpha``: the ISM exponent (over tau) at the predicted class.
         - ``confidence drop``: probability of the predicted class, plain less introspective.
         - ``introspective entropy``: of the ISM-weighted logits, in nats.
+        - ``P(wrong)``: ``uncertainty_score``.
+        - ``belief``: what the head gives to other classes than the predicted one, as log-odds.
+        - ``foreseen loss``: what the head expects, in nats.
     """
     plain = output.logits.float().softmax(1)
     largest = plain.topk(2, dim=1)
@@ -59,4 +67,8 @@ def classifier_scores(
         scores["beta/alpha"] = exponent[:, 0]
         scores["confidence drop"] = (plain - introspective).gather(1, predicted)[:, 0]
         scores["introspective entropy"] = torch.special.entr(introspective).sum(1)
+    if output.foresight is not None and output.evidence is not None:
+        scores["P(wrong)"] = uncertainty_score(output)
+        scores["belief"] = output.evidence[:, EVIDENCE.index("belief")]
+        scores["foreseen loss"] = output.foresight.foreseen_loss
     return {name: score.float().cpu() for name, score in scores.items()}

@@ -17,7 +17,8 @@ from torch.nn import functional
 from idml import UserError
 from idml.backbones import ALIASES, create_backbone
 from idml.checkpoint import load_weights
-from idml.models import EmbedderOutput, IntrospectiveEmbedder, UncertaintyHead, pool_features
+from idml.embedder import EmbedderOutput, IntrospectiveEmbedder, pool_features
+from idml.heads import UncertaintyHead
 
 VARIANTS = ["live", "released", "off"]
 

@@ -13,8 +13,9 @@ from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from idml.backbones import create_backbone
+from idml.embedder import IntrospectiveEmbedder
+from idml.heads import UncertaintyHead
 from idml.losses import LOSSES, LossName, MetricLoss, scale_uncertainty_head
-from idml.models import IntrospectiveEmbedder, UncertaintyHead
 from tests.test_distance import oracle as introspective_oracle
 
 D, E, CLASSES = 8, 3, 10

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from idml import ClassifierOutput, IntrospectiveClassifier, UserError, uncertainty_score
-from idml.models import infer_feature_dim
+from idml.backbones import infer_feature_dim
 from tests.test_similarity import oracle_classifier
 
 

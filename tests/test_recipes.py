@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from idml.backbones import create_backbone
 from idml.config_cls import ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.cutmix_flags import translate_cutmix_flags
 from idml.errors import UserError
-from idml.models import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

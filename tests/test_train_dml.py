@@ -20,9 +20,9 @@ import train_dml
 from idml.backbones import create_backbone
 from idml.config_dml import parse_dml_config
 from idml.data.retrieval_datasets import read_retrieval_data
+from idml.embedder import IntrospectiveEmbedder
 from idml.errors import TrainingError, UserError, run_main
 from idml.losses import LOSSES
-from idml.models import IntrospectiveEmbedder
 from idml.runtime import seed_everything
 from idml.tables import print_table
 from tests.test_cars import write_one_file

@@ -1,4 +1,4 @@
-"""The loaders of a retrieval run: training (random or class-balanced), test, gallery."""
+"""The loaders of a retrieval run: training (random or class-balanced), test, gallery, validation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ EVAL_BATCH_SIZE = 128
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DmlLoaders:
-    """This rank's loaders; ``gallery`` only where the queries do not search one another."""
+    """This rank's loaders: ``gallery`` where queries search one apart, ``val`` where classes are held out."""
 
     train: Loader
     test: Loader
     gallery: Loader | None
+    val: Loader | None
 
 
 def build_dml_loaders(data: RetrievalData, config: DmlConfig, *, pin_memory: bool) -> DmlLoaders:
@@ -45,15 +46,18 @@ def build_dml_loaders(data: RetrievalData, config: DmlConfig, *, pin_memory: boo
         train=_loader(data.train, config, "train", training),
         test=_loader(data.test, config, "test", evaluation),
         gallery=_loader(data.gallery, config, "gallery", evaluation) if data.gallery else None,
+        val=_loader(data.val, config, "val", evaluation) if data.val else None,
     )
 
 
 def _loader(dataset: ImageDataset, config: DmlConfig, split: str, arguments: dict[str, Any]) -> Loader:
+    # Which classes are held out depends on the seed: a .beton for each, or runs beside one another would share a file.
+    held_out = f"-held-out-{config.val_fraction:g}-s{config.seed}" if config.val_fraction and split != "test" else ""
     return split_loader(
         dataset,
         loader=config.loader,
         in_package=config.dataset in IN_PACKAGE,
-        source=config.dataset,
+        source=config.dataset + held_out,
         split=split,
         cache_dir=config.cache_dir,
         **arguments,

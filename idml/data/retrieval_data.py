@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from idml.data.image_dataset import ImageDataset, Preprocessing
+from idml.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,8 @@ class RetrievalData:
         flip: whether a mirrored image keeps its class.
         crop_padding: pixels to pad with before a random crop, for images in memory; files get a random resized crop.
         crop_fill: value of those pixels, 0 to 255.
+        val: images of training classes that were held out, labels from 0 over these; they search one another, and the
+            probability of an error is calibrated on them. None where none were held out.
         families: (len(test),) int64, or None. Images of one family are so alike (two sets of emoji by one vendor, say)
             that figures are also given with the query's family removed from the gallery.
     """
@@ -28,6 +31,7 @@ class RetrievalData:
     train: ImageDataset
     test: ImageDataset
     gallery: ImageDataset | None = None
+    val: ImageDataset | None = None
     preprocessing: Preprocessing
     flip: bool = True
     crop_padding: int = 0
@@ -37,3 +41,34 @@ class RetrievalData:
     def __post_init__(self) -> None:
         assert self.families is None or len(self.families) == len(self.test)
         assert self.gallery is None or self.gallery.classes == self.test.classes
+
+
+def hold_out_classes(dataset: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """(rest, held out): ``fraction`` of the classes, at least two on either side, drawn at random; labels count anew.
+
+    Raises:
+        UserError: there are fewer than four classes, or no held-out class has two images.
+    """
+    count = len(dataset.classes)
+    if count < 4:
+        raise UserError(
+            f"--val-fraction {fraction}: holding classes out needs at least 4 training classes, got {count}"
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    held = min(max(round(fraction * count), 2), count - 2)
+    rest, val = (_of_classes(dataset, np.sort(chosen)) for chosen in (order[held:], order[:held]))
+    if np.bincount(val.labels).max(initial=0) < 2:
+        raise UserError(f"--val-fraction {fraction}: none of the {held} held-out classes has two images")
+    return rest, val
+
+
+def _of_classes(dataset: ImageDataset, chosen: np.ndarray) -> ImageDataset:
+    """The images of some classes ((K,) int64, ascending), labelled from 0 over these."""
+    part = dataset.subset(np.flatnonzero(np.isin(dataset.labels, chosen)))
+    # Its labels are no longer those of what it was taken from: a .beton of its own.
+    return dataclasses.replace(
+        part,
+        labels=np.searchsorted(chosen, part.labels).astype(np.int64),
+        classes=tuple(dataset.classes[index] for index in chosen),
+        origin=None,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from idml.config_dml import DmlConfig, default_ks
 from idml.data.emoji import read_emoji, read_emoji_mini
 from idml.data.image_dataset import ImageDataset
-from idml.data.retrieval_data import RetrievalData
+from idml.data.retrieval_data import RetrievalData, hold_out_classes
 from idml.data.retrieval_folder import read_csv, read_folder
 from idml.data.retrieval_readers import read_cars, read_cub, read_inshop, read_sop
 from idml.distributed import is_main, world_size
@@ -40,6 +40,9 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     data = READERS[config.dataset](config)
     _check_classes(data.train, "training")
     _check_classes(data.test, "test")
+    if config.val_fraction > 0:
+        train, val = hold_out_classes(data.train, config.val_fraction, config.seed)
+        data = dataclasses.replace(data, train=train, val=val)
     searched = data.test if data.gallery is None else data.gallery
     if data.gallery is None and np.bincount(data.test.labels).max() < 2:
         raise UserError("no class has two test images, so there is nothing to retrieve")
@@ -52,7 +55,7 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
             f"a batch of {config.batch_size} with --IPC {config.IPC} has {config.batch_size // config.IPC} classes; "
             f"there are {len(data.train.classes)}: take a larger --IPC or a smaller --batch-size"
         )
-    for name, split in (("test", data.test), ("gallery", data.gallery)):
+    for name, split in (("test", data.test), ("gallery", data.gallery), ("validation", data.val)):
         if split is not None and len(split) < world_size():
             raise UserError(f"{len(split)} {name} images are too few for {world_size()} processes: each needs one")
     most = len(searched) - (1 if data.gallery is None else 0)

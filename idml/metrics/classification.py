@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from idml.metrics.uncertainty import ECE_BINS
+from idml.metrics.uncertainty import ECE_BINS, selective_metrics
 from idml.models import ClassifierOutput, uncertainty_score
 
 
 class Predictions(NamedTuple):
-    """What is kept of each of N images; every field is (N,).
+    """What is kept of each of N images; every field is (N,) but for ``evidence``.
 
     Attributes:
         label: int64, the true class.
@@ -23,6 +23,8 @@ class Predictions(NamedTuple):
         nll: float32, negative log-likelihood (nats) of the true class under the plain logits.
         loss: float32, cross-entropy (nats) of the introspective logits, the training criterion.
         uncertainty: float32, ``uncertainty_score``.
+        foreseen_loss: float32, nats, what the uncertainty head expects; NaN without loss prediction.
+        evidence: (N, k) float32, see ``idml.foresight.EVIDENCE``; k = 0 without loss prediction.
     """
 
     label: Tensor
@@ -32,6 +34,8 @@ class Predictions(NamedTuple):
     nll: Tensor
     loss: Tensor
     uncertainty: Tensor
+    foreseen_loss: Tensor
+    evidence: Tensor
 
 
 def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
@@ -39,6 +43,8 @@ def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
     log_probabilities = functional.log_softmax(output.logits.float(), dim=1)
     confidence, predicted = log_probabilities.max(dim=1)
     true = log_probabilities.gather(1, labels[:, None])
+    score = uncertainty_score(output)
+    foreseen = None if output.foresight is None else output.foresight.foreseen_loss.detach()
     return Predictions(
         label=labels,
         predicted=predicted,
@@ -46,7 +52,9 @@ def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
         confidence=confidence.exp(),
         nll=-true[:, 0],
         loss=functional.cross_entropy(output.introspective_logits.float(), labels, reduction="none"),
-        uncertainty=uncertainty_score(output),
+        uncertainty=score,
+        foreseen_loss=torch.full_like(score, torch.nan) if foreseen is None else foreseen,
+        evidence=score.new_zeros(len(score), 0) if output.evidence is None else output.evidence,
     )
 
 
@@ -73,6 +81,27 @@ def classification_metrics(predictions: Predictions, num_classes: int) -> dict[s
     # The calibration error of "the top label is right" at its confidence is the top-label ECE.
     confidence = predictions.confidence.clamp(0, 1)
     metrics["ece"] = binary_calibration_error(confidence, right.long(), n_bins=ECE_BINS).item()
+    return metrics
+
+
+def uncertainty_metrics(predictions: Predictions) -> dict[str, float]:
+    """What the uncertainty score is worth on N images, beside the score that every classifier gives for nothing.
+
+    Returns:
+        ``uncertainty_test``: the mean score. ``error_auroc``, ``e_aurc``: of the score; ``error_auroc_max_softmax``,
+        ``e_aurc_max_softmax``: of 1 - max softmax; see ``selective_metrics``. NaN where all answers are right, or all
+        wrong. ``error_ece``: with loss prediction, the calibration error of the score as a probability of an error.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error  # slow to import: only where used
+
+    right = predictions.predicted == predictions.label
+    metrics = {"uncertainty_test": predictions.uncertainty.mean().item()}
+    for name, score in (("", predictions.uncertainty), ("_max_softmax", 1 - predictions.confidence)):
+        figures = selective_metrics(score, right)
+        metrics |= {f"error_auroc{name}": figures["error_auroc"], f"e_aurc{name}": figures["e_aurc"]}
+    if predictions.evidence.shape[1]:
+        score = predictions.uncertainty.clamp(0, 1)
+        metrics["error_ece"] = binary_calibration_error(score, (~right).long(), n_bins=ECE_BINS).item()
     return metrics
 
 

@@ -1,0 +1,205 @@
+"""Images of every degree of ambiguity, each with a draw of its own: what an uncertainty head learns from.
+
+The kinds are those of ``augment.shifts``, which measures with them at one strength; here the strength of each image is
+drawn, from hardly visible to more than is measured. Everything is uint8, as loaders give it. Shapes: B images, C, H, W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from augment.shifts import SHIFTS, partners
+
+BLUR_SIGMA = (0.01, 0.1)
+"""Range of the standard deviation of the blur, as a share of the shorter side."""
+
+NOISE_STD = (0.02, 0.3)
+"""Range of the standard deviation of the noise, as a share of the range from black to white."""
+
+CROP_SIDE = (0.35, 0.95)
+"""Range of the sides of the part that a crop leaves, as a share."""
+
+
+class PerturbParams(NamedTuple):
+    """One draw for a batch of B images.
+
+    Attributes:
+        kind: (B,) int64, position in ``kinds``.
+        kinds: names; ``"clean"`` is the first.
+        strength: (B,) float32, uniform in [0, 1): what of its range an image gets. Of mixed ones the share of the
+            partner; blurred ones share that of the first of them.
+        partner: (B,) int64, of another class wherever there is one.
+        place: (B, 2) float32, uniform in [0, 1): top and left of a box, as a share of where it fits.
+        noise_seed: of the generator of the noise.
+    """
+
+    kind: Tensor
+    kinds: tuple[str, ...]
+    strength: Tensor
+    partner: Tensor
+    place: Tensor
+    noise_seed: int
+
+
+class PerturbedBatch(NamedTuple):
+    """A batch with a mixing weight for each image.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        labels_a: (B,) int64, of the images themselves.
+        labels_b: (B,) int64, of their partners; equal to ``labels_a`` where nothing was mixed.
+        lam: (B,) float32 in [0, 1], weight of ``labels_a``; 1 where nothing was mixed.
+        clean: (B,) bool, the images that are as they were.
+    """
+
+    images: Tensor
+    labels_a: Tensor
+    labels_b: Tensor
+    lam: Tensor
+    clean: Tensor
+
+
+def sample_perturbations(labels: Tensor, *, kinds: Sequence[str] = SHIFTS, generator: torch.Generator) -> PerturbParams:
+    """Draw how each image is perturbed: as many of every kind as of clean ones, to one image.
+
+    Args:
+        labels: (B,) integer, by which partners are chosen.
+        kinds: of ``augment.SHIFTS``; none leaves every image clean.
+        generator: a CPU generator.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if unknown := [kind for kind in kinds if kind not in SHIFTS]:
+        raise ValueError(f"expected kinds of {', '.join(SHIFTS)}; got {', '.join(map(repr, unknown))}")
+    count = len(labels)
+    order = torch.randperm(count, generator=generator)
+    return PerturbParams(
+        kind=order % (len(kinds) + 1),
+        kinds=("clean", *kinds),
+        strength=torch.rand(count, generator=generator),
+        partner=partners(labels, generator),
+        place=torch.rand(count, 2, generator=generator),
+        noise_seed=int(torch.randint(2**63 - 1, (), generator=generator)),
+    )
+
+
+def spoilt_images(
+    images: Tensor, labels: Tensor, share: float, kinds: Sequence[str], generator: torch.Generator, *, least: int = 1
+) -> PerturbedBatch:
+    """Some images of a batch, drawn at random, each spoilt in its own way or left clean.
+
+    Args:
+        images: (B, C, H, W) uint8, or floating point in [0, 255].
+        labels: (B,) int64 on the same device.
+        share: of the batch, in (0, 1].
+        kinds: of ``augment.SHIFTS``.
+        generator: a CPU generator.
+        least: number of images that there must be; at most B.
+    """
+    count = max(round(share * len(images)), least)
+    chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
+    images, labels = images[chosen], labels[chosen]
+    images = images if images.dtype == torch.uint8 else _to_bytes(images)
+    return apply_perturbations(images, labels, sample_perturbations(labels, kinds=kinds, generator=generator))
+
+
+def apply_perturbations(images: Tensor, labels: Tensor, params: PerturbParams) -> PerturbedBatch:
+    """The images, each perturbed in its own way; the input is left untouched.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        labels: (B,) int64.
+        params: from ``sample_perturbations`` for these labels.
+
+    Returns:
+        PerturbedBatch on the images' device.
+
+    Raises:
+        ValueError: images of another dtype or shape, or parameters for another batch size.
+    """
+    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) != len(params.kind):
+        raise ValueError(
+            f"expected {len(params.kind)} images (B, C, H, W) of uint8, got {tuple(images.shape)} of {images.dtype}"
+        )
+    labels = labels.to(images.device)
+    partner = params.partner.to(images.device)
+    result, lam = images.clone(), torch.ones(len(images))
+    for number, kind in enumerate(params.kinds):
+        chosen = (params.kind == number).nonzero()[:, 0]
+        if kind == "clean" or not len(chosen):
+            continue
+        own, strength, place = images[chosen.to(images.device)], params.strength[chosen], params.place[chosen]
+        if kind == "mixup":
+            lam[chosen] = 1 - strength
+            changed = _mixed(own, images[partner[chosen.to(images.device)]], strength)
+        elif kind == "cutmix":
+            changed, lam[chosen] = _cut(own, images[partner[chosen.to(images.device)]], strength, place)
+        elif kind == "blur":
+            changed = _blurred(own, _within(BLUR_SIGMA, strength[0]).item())
+        elif kind == "noise":
+            changed = _noisy(own, _within(NOISE_STD, strength), params.noise_seed)
+        else:
+            changed = _cropped(own, _within(CROP_SIDE, 1 - strength), place)
+        result[chosen.to(images.device)] = changed
+    lam = lam.to(images.device)
+    clean = (params.kind == 0).to(images.device)
+    return PerturbedBatch(result, labels, torch.where(lam < 1, labels[partner], labels), lam, clean)
+
+
+def _within(limits: tuple[float, float], share: Tensor) -> Tensor:
+    return limits[0] + (limits[1] - limits[0]) * share
+
+
+def _column(values: Tensor, images: Tensor) -> Tensor:
+    return values.to(images.device).view(-1, 1, 1, 1)
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return images.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _mixed(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
+    return _to_bytes(images.float().lerp_(others.float(), _column(share, images)))
+
+
+def _cut(images: Tensor, others: Tensor, share: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """A box of about this share of the area from the others; and the exact share that is kept."""
+    height, width = images.shape[2:]
+    size = torch.tensor([height, width])
+    box = (size * share[:, None].sqrt()).round().long()  # (b, 2)
+    first = (place * (size + 1 - box)).long()
+    last = first + box
+    rows, columns = torch.arange(height), torch.arange(width)
+    inside = (rows >= first[:, :1]) & (rows < last[:, :1])
+    across = (columns >= first[:, 1:]) & (columns < last[:, 1:])
+    mask = (inside[:, :, None] & across[:, None, :])[:, None].to(images.device)
+    return torch.where(mask, others, images), 1 - box.prod(1) / (height * width)
+
+
+def _blurred(images: Tensor, sigma: float) -> Tensor:
+    sigma = sigma * min(images.shape[2:])
+    # The kernel's half must be smaller than the image, whose border it mirrors.
+    half = min(max(round(3 * sigma), 1), min(images.shape[2:]) - 1)
+    return gaussian_blur(images, [2 * half + 1] * 2, [sigma, sigma]) if half else images
+
+
+def _noisy(images: Tensor, std: Tensor, seed: int) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    return _to_bytes(images + 255 * _column(std, images) * noise)
+
+
+def _cropped(images: Tensor, side: Tensor, place: Tensor) -> Tensor:
+    """A part with sides of this share, enlarged."""
+    middle = (2 * place - 1) * (1 - side[:, None])  # (b, 2) of top and left, in [-1, 1] across the image
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, 0, 2], theta[:, 1, 2] = middle[:, 1], middle[:, 0]
+    grid = functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return _to_bytes(functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False))

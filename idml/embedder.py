@@ -1,0 +1,214 @@
+"""An embedding for retrieval with two heads, semantic and uncertainty.
+
+Letters in shapes: B images, C training classes, D semantic and E uncertainty dimensions, H backbone features, F numbers
+from several depths, K dimensions of the head's own embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from idml.backbones import create_backbone, infer_map_dim
+from idml.depths import DepthReader
+from idml.foresight import SEARCH_EVIDENCE, SHARPNESS, ErrorCalibration, log_loss_evidence
+from idml.heads import ForesightHead, UncertaintyHead
+from idml.models import IsmVariant, UncertaintyLoss, check_choices, check_uncertainty_loss
+from idml.runtime import evaluation_mode
+
+BELIEF_DIM = 128
+"""K: length of the head's own embedding, by which it says whether two images show the same."""
+
+
+class EmbedderOutput(NamedTuple):
+    """What ``IntrospectiveEmbedder`` returns, in training and in evaluation alike; all float32.
+
+    Attributes:
+        semantic: (B, D) of unit length (unless ``l2_norm`` is off): what is compared at test time.
+        uncertainty: (B, E); all zero when ISM is off.
+        norm: (B,) length of the semantic embedding before it was normalised.
+        foreseen_loss: (B,) nats; belief: (B, K) of unit length, the head's own embedding; error_probability: (B,) in
+            [0, 1], that the nearest neighbour is of another class, from the image alone; all None without loss
+            prediction. Only the first two have a gradient, to the head alone.
+    """
+
+    semantic: Tensor
+    uncertainty: Tensor
+    norm: Tensor
+    foreseen_loss: Tensor | None = None
+    belief: Tensor | None = None
+    error_probability: Tensor | None = None
+
+    def joint(self) -> Tensor:
+        """(B, D + E): [semantic | uncertainty], as ``IntrospectiveDistance`` takes them."""
+        return torch.cat([self.semantic, self.uncertainty], dim=1)
+
+
+Pool = Literal["avg+max", "avg", "max"]
+
+
+class IntrospectiveEmbedder(nn.Module):
+    """An embedding for retrieval that also says how ambiguous an image is.
+
+    Args:
+        backbone: a timm model name; or a timm model, whose feature map is pooled; or any module that maps images to a
+            (B, H, h, w) map or to (B, H) features.
+        embedding_dim: D, length of the semantic embedding.
+        uncertainty_dim: E, length of the uncertainty embedding; by default D, as released.
+        pool: how a feature map (or the patch tokens of a transformer) becomes one feature; ``"avg+max"`` is the sum of
+            both, as released.
+        ism: ``"live"``: u is a linear map of the feature; ``"released"``: u is made unit length too, which in the
+            authors' code leaves its head without any gradient from proxies; ``"off"``: no uncertainty head.
+        l2_norm: semantic embeddings of unit length.
+        uncertainty_loss: ``"none"``, or for ``"live"`` ``"loss-prediction"``: the head foresees each image's loss from
+            several depths of the backbone, which it never changes; to be trained by ``idml.foresight`` too.
+        num_classes: C, of the training images; the directions of that many are learned, for the head's belief alone.
+        feature_dim: H, needed only for a module from which it cannot be found out.
+
+    Raises:
+        ValueError: an argument is out of range, or H cannot be found out.
+        UserError: ``backbone`` is a name that timm does not know.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        embedding_dim: int = 512,
+        uncertainty_dim: int | None = None,
+        pool: Pool = "avg+max",
+        ism: IsmVariant = "live",
+        *,
+        l2_norm: bool = True,
+        uncertainty_loss: UncertaintyLoss = "none",
+        num_classes: int | None = None,
+        feature_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choices(("ism", ism, IsmVariant), ("pool", pool, Pool))
+        check_uncertainty_loss(uncertainty_loss, ism)
+        if uncertainty_loss != "none" and num_classes is None:
+            raise ValueError(f"uncertainty_loss {uncertainty_loss!r} needs num_classes, of the training images")
+        uncertainty_dim = embedding_dim if uncertainty_dim is None else uncertainty_dim
+        if embedding_dim < 1 or uncertainty_dim < 1:
+            raise ValueError(
+                f"embedding_dim and uncertainty_dim must be at least 1, got {embedding_dim} and {uncertainty_dim}"
+            )
+        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        self.feature_dim = feature_dim or infer_map_dim(self.backbone)
+        self.embedding_dim, self.uncertainty_dim = embedding_dim, uncertainty_dim
+        self.pool, self.ism, self.l2_norm = pool, ism, l2_norm
+        self.semantic_head = nn.Linear(self.feature_dim, embedding_dim)
+        self.depths = DepthReader(self.backbone, self.feature_dim)
+        self.uncertainty_head: nn.Linear | ForesightHead | None = None
+        if uncertainty_loss == "loss-prediction":
+            assert num_classes is not None
+            self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, BELIEF_DIM)
+            self.directions = nn.Parameter(torch.randn(num_classes, BELIEF_DIM))
+            self.calibration = ErrorCalibration(1)
+            self.search_calibration = ErrorCalibration(len(SEARCH_EVIDENCE))
+        elif ism != "off":
+            head = UncertaintyHead if ism == "live" else nn.Linear
+            self.uncertainty_head = head(self.feature_dim, uncertainty_dim)
+        # The released code starts this head so, and leaves the other one to torch's default.
+        nn.init.kaiming_normal_(self.semantic_head.weight, mode="fan_out")
+        nn.init.zeros_(self.semantic_head.bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.
+
+        Raises:
+            ValueError: the backbone gives something of another shape.
+        """
+        return self._features(images)[0]
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H) features, and the (B, F) vector from several depths that a ``ForesightHead`` looks at."""
+        if isinstance(self.uncertainty_head, ForesightHead):
+            final, maps = self.depths(self.backbone, images)
+        else:
+            final, maps = getattr(self.backbone, "forward_features", self.backbone)(images), []
+        skip = int(getattr(self.backbone, "num_prefix_tokens", 0))
+        features = pool_features(final, self.pool, self.feature_dim, skip=skip)
+        if features.ndim != 2 or features.shape[1] != self.feature_dim:
+            raise ValueError(f"expected backbone features of {self.feature_dim} channels, got {tuple(features.shape)}")
+        return features.float(), self.depths.vector(maps, features)
+
+    def forward(self, images: Tensor) -> EmbedderOutput:
+        """Semantic and uncertainty embedding of a batch.
+
+        Args:
+            images: (B, 3, S, S), in the floating dtype and range that the backbone expects.
+        """
+        features, vector = self._features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self._heads(features, vector)
+
+    def foresee(self, images: Tensor) -> EmbedderOutput:
+        """The same of images that the backbone does not learn from, seen as in evaluation; gradient to the head alone.
+
+        Args:
+            images: (B, 3, S, S), as for ``forward``.
+        """
+        with torch.no_grad(), evaluation_mode(self.backbone):
+            features, vector = self._features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            output = self._heads(features, vector)
+        return output._replace(
+            semantic=output.semantic.detach(), uncertainty=output.uncertainty.detach(), norm=output.norm.detach()
+        )
+
+    def _heads(self, features: Tensor, vector: Tensor) -> EmbedderOutput:
+        """All embeddings from the features and what several depths show."""
+        semantic = self.semantic_head(features)
+        norm = semantic.norm(dim=1)
+        semantic = functional.normalize(semantic, dim=1) if self.l2_norm else semantic
+        head = self.uncertainty_head
+        if head is None:
+            return EmbedderOutput(semantic, features.new_zeros(len(features), self.uncertainty_dim), norm)
+        if isinstance(head, ForesightHead):
+            if self.training:
+                head.note(vector)
+            foresight = head(vector)
+            foreseen = foresight.foreseen_loss
+            with torch.no_grad():
+                probability = self.calibration(log_loss_evidence(foreseen)[:, None])
+            # The head learns from what it foresees; the ISM takes its word.
+            uncertainty = foresight.uncertainty.detach() * head.gain
+            belief = functional.normalize(foresight.belief, dim=1)
+            return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability)
+        uncertainty = head(features)
+        if self.ism == "released" and self.l2_norm:
+            uncertainty = functional.normalize(uncertainty, dim=1)
+        return EmbedderOutput(semantic, uncertainty, norm)
+
+    def belief_logits(self, belief: Tensor) -> Tensor:
+        """(B, K) of unit length -> (B, C): how far the head takes each image for one of each training class."""
+        return SHARPNESS * belief @ functional.normalize(self.directions, dim=1).T
+
+
+def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0) -> Tensor:
+    """One feature of (B, H) from a map (B, H, h, w) or (B, h, w, H), from tokens (B, T, H), or from itself.
+
+    Args:
+        features: what a backbone gives.
+        pool: mean, maximum, or the sum of both.
+        channels: H, which tells the two orders of a map apart.
+        skip: tokens in front that stand for no patch.
+    """
+    if features.ndim == 2:
+        return features
+    if features.ndim == 4:
+        last = features.shape[1] != channels and features.shape[3] == channels
+        features = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+        skip = 0
+    if features.ndim != 3:
+        raise ValueError(f"expected a feature map, tokens or features, got shape {tuple(features.shape)}")
+    places = features[:, skip:]  # (B, places, H)
+    if pool == "avg":
+        return places.mean(1)
+    # max(dim) gives the gradient to one of equal places, as max pooling does; amax would share it out.
+    highest = places.max(1).values
+    return highest if pool == "max" else places.mean(1) + highest

@@ -1,0 +1,138 @@
+"""Uncertainty heads: what makes the uncertainty embedding out of what the backbone shows.
+
+Letters in shapes: B images, C classes, H backbone features, F numbers from several depths, E uncertainty dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from idml.similarity import TEMPERATURE
+
+INITIAL_EXPONENT = 0.05
+"""Mean ISM exponent at initialisation of ``live``: every comparison starts at weight exp(-0.05) = 0.95, so training
+starts close to the plain model while the uncertainty head already receives gradient."""
+
+HIDDEN = 128
+"""Units of each of the two hidden layers that lead to foreseen loss and belief."""
+
+STATISTICS_MOMENTUM = 0.1
+"""Share of the newest batch in the running mean and variance, as in torch's batch norm."""
+
+VARIANCE_FLOOR = 1e-4
+"""Added to the variance: a unit that hardly ever varies must not be blown up where it does."""
+
+LARGEST_INPUT = 5.0
+"""Standard deviations at which an input is cut off: early in training features run ahead of their running figures."""
+
+
+class UncertaintyHead(nn.Linear):
+    """The live uncertainty head of retrieval: a linear map of (B, H) features to (B, E), times a fixed small ``gain``.
+
+    Small, not zero: beta is quadratic in u, so at zero its gradient is zero too. The smallness is in the gain and not
+    in the weights, which are drawn from N(0, 1), because an adaptive optimizer moves every weight by about the learning
+    rate, however small it is. Weights that are small themselves are overrun in a few steps: beta grows past the point
+    where the loss would stop it, every ISM weight is then zero, and with it every gradient.
+
+    With features of mean square 1, ``beta = |u|^2 = E H gain^2`` against a proxy. The pairs that an untrained network
+    compares are close (alpha well under 1), so alpha is taken as 1/4, and the gain such that the exponent
+    ``beta / (tau alpha)`` is ``INITIAL_EXPONENT``. Features of another scale, or other distances, call for
+    ``idml.losses.scale_uncertainty_head``, which measures them.
+
+    Attributes:
+        gain: 0-d float32 buffer, stored in checkpoints, not trained.
+    """
+
+    gain: Tensor
+
+    def __init__(self, feature_dim: int, uncertainty_dim: int) -> None:
+        super().__init__(feature_dim, uncertainty_dim)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+        gain = math.sqrt(INITIAL_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
+        self.register_buffer("gain", torch.tensor(gain))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, H) -> (B, E)."""
+        return super().forward(features) * self.gain
+
+
+class Foresight(NamedTuple):
+    """What a ``ForesightHead`` says of B images.
+
+    Attributes:
+        uncertainty: (B, E) float32, > 0. Its squared length is the loss, in nats, that the head expects.
+        belief: (B, K) float32: what the head itself takes the image for.
+    """
+
+    uncertainty: Tensor
+    belief: Tensor
+
+    @property
+    def foreseen_loss(self) -> Tensor:
+        """(B,) nats, > 0."""
+        return self.uncertainty.square().sum(1)
+
+
+class ForesightHead(nn.Module):
+    """An uncertainty head that foresees the loss of an image, and takes a second look at what the image shows.
+
+    Both come from what the backbone shows at several depths, without gradient to it. The second look is what tells
+    errors from right answers: a classifier's last layer knows nothing of its errors that its own probabilities do not
+    say already, while a second one that sees other features errs on other images.
+
+    Inputs are standardised by their running figures and scaled as if there were ``reference`` of them, so that one
+    learning rate serves every backbone.
+
+    Args:
+        input_dim: F.
+        uncertainty_dim: E.
+        belief_dim: K: the number of classes, or the length of an embedding.
+
+    Attributes:
+        gain: 0-d float32 buffer: of u in the ISM, see ``idml.losses.scale_uncertainty_head``. Not in ``foreseen_loss``.
+    """
+
+    gain: Tensor
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+    reference = 1024
+
+    def __init__(self, input_dim: int, uncertainty_dim: int, belief_dim: int) -> None:
+        super().__init__()
+        self.scale = math.sqrt(self.reference / input_dim)
+        self.register_buffer("gain", torch.tensor(1.0))
+        self.register_buffer("mean", torch.zeros(input_dim))
+        self.register_buffer("variance", torch.ones(input_dim))
+        self.register_buffer("batches", torch.tensor(0))
+        self.foresee, self.believe = (self._layers(input_dim, dim) for dim in (uncertainty_dim, belief_dim))
+        # One nat to begin with, whatever E: E softplus(bias)^2 = 1.
+        last = self.foresee[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(last.bias, math.log(math.expm1(uncertainty_dim**-0.5)))
+
+    def _layers(self, input_dim: int, output_dim: int) -> nn.Sequential:
+        first = nn.Linear(input_dim, HIDDEN)
+        nn.init.normal_(first.weight, std=self.reference**-0.5)
+        nn.init.zeros_(first.bias)
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, output_dim))
+
+    def forward(self, vector: Tensor) -> Foresight:
+        """(B, F) float32, without gradient, -> Foresight."""
+        standardised = (vector - self.mean) * (self.variance + VARIANCE_FLOOR).rsqrt()
+        standardised = standardised.clamp(-LARGEST_INPUT, LARGEST_INPUT) * self.scale
+        return Foresight(functional.softplus(self.foresee(standardised)), self.believe(standardised))
+
+    @torch.no_grad()
+    def note(self, vector: Tensor) -> None:
+        """Let the running mean and variance take in a batch; to be called before the forward pass of a step."""
+        momentum = torch.where(self.batches == 0, 1.0, STATISTICS_MOMENTUM).to(vector)
+        self.mean.lerp_(vector.mean(0), momentum)
+        self.variance.lerp_(vector.var(0, unbiased=False), momentum)
+        self.batches += 1
