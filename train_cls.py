@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
+    CLEAN_SHARE,
+    CLEAN_SHARE_WITH_MIXING,
     MixedBatch,
     PerturbedBatch,
     apply_color_jitter,
@@ -72,9 +74,6 @@ from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
-
-HEAD_GRADIENT_NORM = 2.0
-"""Largest norm of the uncertainty head's gradient: it learns at the backbone's rate, and what it sees still changes."""
 
 Foreseen = tuple[Foresight, Tensor]
 """What the uncertainty head says of images, and the (B, C) logits of the classifier for them."""
@@ -307,14 +306,12 @@ def step(
             total += loss.detach() * share
             if output.foresight is not None:
                 head_loss = uncertainty_loss(output, part, foreseen, spoilt_part)
-                loss = loss + config.uncertainty_weight * head_loss
+                loss = loss + head_loss  # of the head alone, which has an optimizer of its own
             state.scaler.scale(loss * share * distributed.world_size()).backward()
     columns = {name: value for name, value in output._asdict().items() if isinstance(value, Tensor) and value.ndim == 2}
     figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
     if output.foresight is not None:
         figures["loss of the uncertainty head"] = head_loss.detach()
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.uncertainty_head.parameters(), HEAD_GRADIENT_NORM)
     if guard.update(total, figures) and state.ema is not None:
         state.ema.update(state.model, step=state.step)
 
@@ -375,7 +372,8 @@ def spoil(
         return None
     assert config.uncertainty_shifts is not None
     generator, kinds = step_generator(state.seed, state.step), config.uncertainty_shifts
-    batch = spoilt_images(images, labels, config.uncertainty_share, kinds, generator, least=config.grad_accum)
+    clean = CLEAN_SHARE if config.mix == "none" else CLEAN_SHARE_WITH_MIXING
+    batch = spoilt_images(images, labels, config.uncertainty_share, kinds, clean, generator, least=config.grad_accum)
     images = normalise(batch.images, preprocessing.mean, preprocessing.std)
     return batch._replace(
         images=images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
@@ -432,6 +430,8 @@ def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, l
         raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
     test = evaluate(model, loaders.test, data.preprocessing, config.precision, flip=config.tta == "flip")
     metrics = classification_metrics(test.predictions, len(data.train.classes))
+    if config.ism != "off":
+        metrics |= uncertainty_metrics(test.predictions)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
     if distributed.is_main():

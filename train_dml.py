@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
+    CLEAN_SHARE,
     MixedBatch,
     PerturbedBatch,
     apply_crop,
@@ -361,7 +362,7 @@ def step(
         loss_of.note_centres(embeddings[0][:, : config.embedding_size], labels)
         head_loss = uncertainty_loss(state.model, loss_of, outputs, batch, spoilt)
         figures["loss of the uncertainty head"] = head_loss.detach()
-        total = loss + config.uncertainty_weight * head_loss
+        total = loss + head_loss  # of the head alone, which has an optimizer of its own
     state.scaler.scale(total).backward()
     distributed.average_gradients(loss_of.parameters())
     if config.clip_value:
@@ -443,7 +444,12 @@ def spoil(
         return None
     assert config.uncertainty_shifts is not None
     batch = spoilt_images(
-        images, labels, config.uncertainty_share, config.uncertainty_shifts, step_generator(state.seed, state.step)
+        images,
+        labels,
+        config.uncertainty_share,
+        config.uncertainty_shifts,
+        CLEAN_SHARE,  # the images themselves are among what the head learns from
+        step_generator(state.seed, state.step),
     )
     return batch._replace(images=normalised(batch.images, config, preprocessing))
 

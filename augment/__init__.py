@@ -25,6 +25,8 @@ from augment.mixing import (
     sample_mixup,
 )
 from augment.perturb import (
+    CLEAN_SHARE,
+    CLEAN_SHARE_WITH_MIXING,
     PerturbedBatch,
     PerturbParams,
     apply_perturbations,
@@ -34,6 +36,8 @@ from augment.perturb import (
 from augment.shifts import SHIFTS, partners, shift_images
 
 __all__ = [
+    "CLEAN_SHARE",
+    "CLEAN_SHARE_WITH_MIXING",
     "SHIFTS",
     "ColorJitterParams",
     "CutmixParams",

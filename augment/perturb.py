@@ -25,6 +25,10 @@ NOISE_STD = (0.02, 0.3)
 CROP_SIDE = (0.35, 0.95)
 """Range of the sides of the part that a crop leaves, as a share."""
 
+CLEAN_SHARE, CLEAN_SHARE_WITH_MIXING = 1 / 6, 1 / 2
+"""Share of clean images among those that are spoilt: as many as of each kind; or half, where the rest of the training
+shows no clean image."""
+
 
 class PerturbParams(NamedTuple):
     """One draw for a batch of B images.
@@ -65,23 +69,29 @@ class PerturbedBatch(NamedTuple):
     clean: Tensor
 
 
-def sample_perturbations(labels: Tensor, *, kinds: Sequence[str] = SHIFTS, generator: torch.Generator) -> PerturbParams:
-    """Draw how each image is perturbed: as many of every kind as of clean ones, to one image.
+def sample_perturbations(
+    labels: Tensor, *, kinds: Sequence[str] = SHIFTS, clean: float = CLEAN_SHARE, generator: torch.Generator
+) -> PerturbParams:
+    """Draw how each image is perturbed: as many in every way, to one image.
 
     Args:
         labels: (B,) integer, by which partners are chosen.
         kinds: of ``augment.SHIFTS``; none leaves every image clean.
+        clean: share of images that stay as they are, in [0, 1].
         generator: a CPU generator.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a share out of range.
     """
     if unknown := [kind for kind in kinds if kind not in SHIFTS]:
         raise ValueError(f"expected kinds of {', '.join(SHIFTS)}; got {', '.join(map(repr, unknown))}")
+    if not 0 <= clean <= 1:
+        raise ValueError(f"expected a share of clean images in [0, 1], got {clean}")
     count = len(labels)
+    changed = round(count * (1 - clean)) if kinds else 0
     order = torch.randperm(count, generator=generator)
     return PerturbParams(
-        kind=order % (len(kinds) + 1),
+        kind=torch.where(order < changed, order % max(len(kinds), 1) + 1, 0),
         kinds=("clean", *kinds),
         strength=torch.rand(count, generator=generator),
         partner=partners(labels, generator),
@@ -91,7 +101,14 @@ def sample_perturbations(labels: Tensor, *, kinds: Sequence[str] = SHIFTS, gener
 
 
 def spoilt_images(
-    images: Tensor, labels: Tensor, share: float, kinds: Sequence[str], generator: torch.Generator, *, least: int = 1
+    images: Tensor,
+    labels: Tensor,
+    share: float,
+    kinds: Sequence[str],
+    clean: float,
+    generator: torch.Generator,
+    *,
+    least: int = 1,
 ) -> PerturbedBatch:
     """Some images of a batch, drawn at random, each spoilt in its own way or left clean.
 
@@ -100,6 +117,7 @@ def spoilt_images(
         labels: (B,) int64 on the same device.
         share: of the batch, in (0, 1].
         kinds: of ``augment.SHIFTS``.
+        clean: share of them that is left clean.
         generator: a CPU generator.
         least: number of images that there must be; at most B.
     """
@@ -107,7 +125,8 @@ def spoilt_images(
     chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
     images, labels = images[chosen], labels[chosen]
     images = images if images.dtype == torch.uint8 else _to_bytes(images)
-    return apply_perturbations(images, labels, sample_perturbations(labels, kinds=kinds, generator=generator))
+    draw = sample_perturbations(labels, kinds=kinds, clean=clean, generator=generator)
+    return apply_perturbations(images, labels, draw)
 
 
 def apply_perturbations(images: Tensor, labels: Tensor, params: PerturbParams) -> PerturbedBatch:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from augment import SHIFTS
-from idml.config import check_positive, check_within
+from idml.config import check_within
 from idml.errors import UserError, nearest
 
-OPTIONS = ("uncertainty_weight", "uncertainty_share", "uncertainty_shifts")
+OPTIONS = ("uncertainty_share", "uncertainty_shifts")
 """Options that do nothing without loss prediction."""
 
 
@@ -33,8 +32,7 @@ def resolve_uncertainty(config: Any) -> None:
             raise UserError(
                 f"--uncertainty-shifts: expected some of {', '.join(SHIFTS)}, got {kind!r}{nearest(kind, SHIFTS)}"
             )
-    check_positive(config, ("uncertainty_weight",))
-    check_within(config, {"uncertainty_share": (0, 1), "uncertainty_weight": (0, math.inf)})
+    check_within(config, {"uncertainty_share": (0, 1)})
 
 
 def unused_uncertainty(config: Any) -> dict[str, str]:

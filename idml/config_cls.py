@@ -48,9 +48,6 @@ class ClsConfig(SavingOptions):
     uncertainty_loss: UncertaintyLoss | None = option(
         None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
     )
-    uncertainty_weight: float = option(
-        0.3, "of that loss, which reaches the head alone; 0.3 is stable at lr 0.1, where 1 is not (docs/uncertainty.md)"
-    )
     uncertainty_share: float = option(
         0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
     )

@@ -40,7 +40,6 @@ class DmlConfig(SavingOptions):
     uncertainty_loss: UncertaintyLoss | None = option(
         None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
     )
-    uncertainty_weight: float = option(0.3, "of that loss, which reaches the head alone")
     uncertainty_share: float = option(
         0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
     )

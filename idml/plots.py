@@ -41,7 +41,7 @@ def risk_coverage_plot(scores: Mapping[str, Tensor], right: Tensor) -> Image.Ima
     best = {"errors last (the best there is)": (~right).double()}
     for (name, values), line in zip((dict(scores) | best).items(), LINES, strict=False):
         curve = risk_coverage(values, right)
-        axes.plot(100 * curve.coverage, 100 * curve.risk, line, color="k", label=name, linewidth=1.2)
+        axes.plot(100 * curve.coverage.numpy(), 100 * curve.risk.numpy(), line, color="k", label=name, linewidth=1.2)
     axes.set(xlabel="coverage (% of the images kept)", ylabel="risk (% wrong among them)", xlim=(0, 100))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
@@ -68,9 +68,9 @@ def reliability_plot(probabilities: Tensor, happened: Tensor, *, name: str, bins
     figure = matplotlib.figure.Figure(figsize=(5, 5), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], ":", color="0.5", label="calibrated")
-    axes.plot(means[0], means[1], "o-", color="k", markersize=4, linewidth=1.2, label=name)
+    axes.plot(means[0].numpy(), means[1].numpy(), "o-", color="k", markersize=4, linewidth=1.2, label=name)
     axes.set(ylabel="share that is wrong", xlim=(0, 1), ylim=(0, 1))
     axes.legend(fontsize=8)
-    below.bar((torch.arange(bins) + 0.5) / bins, counts, 0.9 / bins, color="0.6")
+    below.bar((np.arange(bins) + 0.5) / bins, counts.numpy(), 0.9 / bins, color="0.6")
     below.set(xlabel="probability of an error", ylabel="images", yscale="log")
     return as_picture(figure)

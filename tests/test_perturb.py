@@ -24,6 +24,8 @@ def test_a_batch_has_as_many_of_every_kind() -> None:
     assert params.kinds == ("clean", *SHIFTS)
     assert params.kind.bincount().tolist() == [4] * 6
     assert (labels[params.partner] != labels).all()
+    half = sample_perturbations(labels, kinds=["blur", "crop"], clean=0.5, generator=torch.Generator().manual_seed(0))
+    assert half.kind.bincount().tolist() == [12, 6, 6]
     again = sample_perturbations(labels, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True) if isinstance(a, Tensor))
 
@@ -97,16 +99,18 @@ def test_any_batch_and_size_works(count: int, size: tuple[int, int], seed: int) 
 
 def test_some_of_a_batch_are_taken(photos: Tensor) -> None:  # noqa: F811
     generator = torch.Generator().manual_seed(0)
-    batch = spoilt_images(photos.float(), LABELS, 0.5, [], generator)
+    batch = spoilt_images(photos.float(), LABELS, 0.5, [], 0.0, generator)
     assert len(batch.images) == 4 and batch.clean.all()
     assert all((image == photos).flatten(1).all(1).any() for image in batch.images)
-    assert len(spoilt_images(photos, LABELS, 0.01, ["blur"], generator, least=3).images) == 3
+    assert len(spoilt_images(photos, LABELS, 0.01, ["blur"], 0.0, generator, least=3).images) == 3
 
 
 def test_errors(photos: Tensor) -> None:  # noqa: F811
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="got 'rain'"):
         sample_perturbations(LABELS, kinds=["rain"], generator=generator)
+    with pytest.raises(ValueError, match=r"clean images in \[0, 1\], got 2"):
+        sample_perturbations(LABELS, clean=2, generator=generator)
     params = sample_perturbations(LABELS, generator=generator)
     with pytest.raises(ValueError, match="expected 8 images"):
         apply_perturbations(photos[:3], LABELS[:3], params)

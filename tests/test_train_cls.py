@@ -48,13 +48,24 @@ def step_losses(run: Path) -> list[float]:
     return [event.value for event in read_tensorboard(run).Scalars("step/loss")]
 
 
+WITH_ISM = [method for method, (ism, _) in METHODS.items() if ism != "off"]
+OTHER_HEADS = {
+    f"{method}, {name}": ["--method", method, *options]
+    for name, options in {"ISM alone": ["--uncertainty-loss", "none"], "released": ["--ism", "released"]}.items()
+    for method in WITH_ISM
+}
+"""What must stay as it was before there was loss prediction, with the options for it."""
+
+GOLDEN_RUNS = {method: ["--method", method] for method in METHODS} | OTHER_HEADS
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of 20 steps of each of the six methods."""
+    """A run of 20 steps of each of the six methods, and of those with another uncertainty head."""
     base = tmp_path_factory.mktemp("runs")
-    for method in METHODS:
-        train_cls.main(["--method", method, *TWENTY_STEPS, "--output-dir", str(base / method)])
-    return {method: base / method for method in METHODS}
+    for name, options in GOLDEN_RUNS.items():
+        train_cls.main([*options, *TWENTY_STEPS, "--output-dir", str(base / name)])
+    return {name: base / name for name in GOLDEN_RUNS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -64,7 +75,7 @@ def test_twenty_steps_improve(runs: dict[str, Path], method: str) -> None:
     assert np.mean(losses[-5:]) < 0.93 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GOLDEN_RUNS)
 def test_the_loss_curve_has_not_moved(runs: dict[str, Path], method: str) -> None:
     """A refactor must not change the losses. To store new ones after an intended change: python -m tests.golden"""
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[method]
@@ -77,10 +88,17 @@ def test_the_loss_curve_has_not_moved(runs: dict[str, Path], method: str) -> Non
 @pytest.mark.parametrize("method", ["ism", "idml-mixup", "idml-cutmix"])
 def test_the_uncertainty_head_was_trained(runs: dict[str, Path], method: str) -> None:
     seed_everything(1)
-    fresh = IntrospectiveClassifier("resnet8_cifar", 10, uncertainty_dim=128).state_dict()
-    trained = torch.load(runs[method] / "checkpoints/last.pt", weights_only=True)["model"]
+    arguments = {"uncertainty_dim": 128}
+    fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments).state_dict()
+    trained = torch.load(runs[f"{method}, ISM alone"] / "checkpoints/last.pt", weights_only=True)["model"]
     name = "uncertainty_head.weight"
     assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).float().mean() > 0.4
+    seed_everything(1)
+    fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments, uncertainty_loss="loss-prediction").state_dict()
+    trained = torch.load(runs[method] / "checkpoints/last.pt", weights_only=True)["model"]
+    for name in ("uncertainty_head.foresee.4.weight", "uncertainty_head.believe.4.weight"):
+        assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).all(), name
+    assert trained["uncertainty_head.batches"] == 40  # the batch and the spoilt images of each step
 
 
 def test_ism_moves_the_losses(runs: dict[str, Path]) -> None:
@@ -121,7 +139,13 @@ def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path], fashion
     checkpoint = torch.load(run / "checkpoints/last.pt", weights_only=True)
     config, preprocessing = checkpoint["config"], checkpoint["preprocessing"]
     assert checkpoint["classes"][8] == "Bag"
-    model = IntrospectiveClassifier(config["model"], 10, uncertainty_dim=config["uncertainty_dim"], ism=config["ism"])
+    model = IntrospectiveClassifier(
+        config["model"],
+        10,
+        uncertainty_dim=config["uncertainty_dim"],
+        ism=config["ism"],
+        uncertainty_loss=config["uncertainty_loss"],
+    )
     model.load_state_dict(checkpoint["model"])
     pixels = torch.from_numpy(np.pad(fashion["test_images"], ((0, 0), (2, 2), (2, 2)))).float().div(255)
     images = (pixels[:, None].expand(-1, 3, -1, -1) - preprocessing["mean"][0]) / preprocessing["std"][0]

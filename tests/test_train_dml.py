@@ -27,12 +27,36 @@ from idml.runtime import seed_everything
 from idml.tables import print_table
 from tests.test_cars import write_one_file
 from tests.test_retrieval_readers import write_cub, write_photo
+from tests.test_train_cls import GOLDEN, step_losses
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "resnet8_cifar", "--image-size", "32", "--embedding-size", "64", "--bn-freeze", "0", "--warm", "0"]
 TINY += ["--batch-size", "48", "--no-nmi", "--log-every", "1", "--no-verbose"]
 PAIRS = ["--IPC", "4"]
 LEARNING_RATES = {"Proxy_Anchor": "2e-3", "Proxy_NCA": "2e-3"}
+
+
+QUICK = ["--config", str(ROOT / "configs/quick/emoji_mini.yaml"), "--max-steps", "20", "--log-every", "1"]
+GOLDEN_DML = {
+    "Proxy_Anchor": ["--ism", "live"],
+    "Proxy_Anchor, ISM alone": ["--ism", "live", "--uncertainty-loss", "none"],
+    "Proxy_Anchor, released": ["--ism", "released"],
+}
+
+
+def golden_options(name: str) -> list[str]:
+    """Of a run whose losses are stored."""
+    return [*QUICK, *GOLDEN_DML[name]]
+
+
+@pytest.mark.parametrize("name", GOLDEN_DML)
+def test_the_loss_curve_has_not_moved(tmp_path: Path, name: str) -> None:
+    """The last two are from before there was loss prediction. To store new ones: python -m tests.golden"""
+    train_dml.main([*golden_options(name), "--output-dir", str(tmp_path / "run")])
+    expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
+    losses = step_losses(tmp_path / "run")
+    np.testing.assert_allclose(losses[:2], expected[:2], rtol=2e-4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-2)
 
 
 def read_tensorboard(run: Path) -> EventAccumulator:

@@ -51,9 +51,7 @@ def hold_out_classes(dataset: ImageDataset, fraction: float, seed: int) -> tuple
     """
     count = len(dataset.classes)
     if count < 4:
-        raise UserError(
-            f"--val-fraction {fraction}: holding classes out needs at least 4 training classes, got {count}"
-        )
+        raise UserError(f"--val-fraction {fraction}: holding classes out takes 4 training classes, got {count}")
     order = np.random.default_rng(seed).permutation(count)
     held = min(max(round(fraction * count), 2), count - 2)
     rest, val = (_of_classes(dataset, np.sort(chosen)) for chosen in (order[held:], order[:held]))

@@ -9,14 +9,19 @@ from pathlib import Path
 import torch
 
 import train_cls
-from idml.config_cls import METHODS
-from tests.test_train_cls import GOLDEN, TWENTY_STEPS, step_losses
+import train_dml
+from tests.test_train_cls import GOLDEN, GOLDEN_RUNS, TWENTY_STEPS, step_losses
+from tests.test_train_dml import GOLDEN_DML, golden_options
 
 torch.set_num_threads(1)
 curves = {}
 with tempfile.TemporaryDirectory() as folder:
-    for method in METHODS:
-        run = Path(folder) / method
-        train_cls.main(["--method", method, *TWENTY_STEPS, "--output-dir", str(run)])
-        curves[method] = [round(loss, 5) for loss in step_losses(run)]
+    for name, options in GOLDEN_RUNS.items():
+        run = Path(folder) / name
+        train_cls.main([*options, *TWENTY_STEPS, "--output-dir", str(run)])
+        curves[name] = [round(loss, 5) for loss in step_losses(run)]
+    for name in GOLDEN_DML:
+        run = Path(folder) / name
+        train_dml.main([*golden_options(name), "--output-dir", str(run)])
+        curves[name] = [round(loss, 5) for loss in step_losses(run)]
 GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
