@@ -35,8 +35,8 @@ VARIANTS = {
     "plain": ["--ism", "off", "--mix", "none"],
     "plain, Mixup": ["--ism", "off", "--mix", "mixup"],
     "released": ["--ism", "released", "--mix", "mixup"],
-    "live": ["--ism", "live", "--mix", "mixup"],
-    "live, no Mixup": ["--ism", "live", "--mix", "none"],
+    "live": ["--ism", "live", "--mix", "mixup", "--uncertainty-loss", "none"],
+    "live, no Mixup": ["--ism", "live", "--mix", "none", "--uncertainty-loss", "none"],
 }
 COLUMNS = {
     "R@1": "R@1",

@@ -80,8 +80,11 @@ PAIRS = {
 }
 """What each method with foresight is compared with: the same, plain."""
 
-MORE_SEEDS = ("mixup", "idml-mixup + foresight")
-"""The pair that ``--more-seeds`` adds seeds to."""
+MORE_SEEDS = ("mixup", "idml-mixup + foresight", "ProxyAnchor off", "ProxyAnchor live + foresight")
+"""The pairs that ``--more-seeds`` adds seeds to."""
+
+ON_DIGITS = ("baseline", "ism + foresight", "mixup", "idml-mixup + foresight")
+"""Digits are for checking what Fashion-MNIST says: these methods."""
 
 Scores = dict[str, Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -213,31 +216,56 @@ def measure_embedder(run: Path) -> dict[str, Any]:
 Job = tuple[str, list[str]]
 """A training script and its options."""
 
+Measure = Callable[[Path], dict[str, Any]]
 
-def run_jobs(jobs: dict[str, Job], folder: Path, processes: int) -> None:
-    """Train what is not there yet, several runs beside one another; a job's name is that of its folder."""
+
+def train_and_measure(jobs: dict[str, Job], measure: Measure, folder: Path, processes: int) -> list[dict[str, Any]]:
+    """The figures of several runs, trained beside one another; a job's name is that of its folder.
+
+    What an earlier call has left whole in the folder is neither trained nor measured again.
+    """
+
+    def work(name: str) -> dict[str, Any]:
+        train(*jobs[name], folder / name)
+        stored = folder / name / "uncertainty.json"
+        if not stored.exists():
+            figures = measure(folder / name) | {"run name": name}
+            stored.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        return json.loads(stored.read_text(encoding="utf-8"))
+
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda name: train(*jobs[name], folder / name), jobs))
+        return list(pool.map(work, jobs))
+
+
+def rows_of(
+    variants: dict[str, Job], measure: Measure, arguments: argparse.Namespace, folder: Path, prefix: str
+) -> dict[str, list[dict[str, Any]]]:
+    """A row of runs for each variant, one a seed."""
+    jobs: dict[str, Job] = {}
+    row_of: list[str] = []
+    for name, (script, options) in variants.items():
+        for seed in [*arguments.seeds, *(arguments.more_seeds if name in MORE_SEEDS else [])]:
+            short = name.replace(FORESIGHT, "-foresight").replace(" ", "-")
+            jobs[f"{prefix}{short}-s{seed}"] = (script, [*options, "--seed", str(seed)])
+            row_of.append(name)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for name, figures in zip(row_of, train_and_measure(jobs, measure, folder, arguments.processes), strict=True):
+        rows[name].append(figures)
+    return rows
 
 
 def classification(
-    arguments: argparse.Namespace, folder: Path, options: list[str], prefix: str
+    names: Iterable[str], arguments: argparse.Namespace, folder: Path, options: list[str], prefix: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """The methods on one data set."""
-    names = arguments.methods or METHOD_NAMES
-    runs: dict[str, list[str]] = {}
-    jobs: dict[str, Job] = {}
+    """Methods on one data set."""
+    variants: dict[str, Job] = {}
     for name in names:
         method, *foresight = name.split(FORESIGHT)
         chosen = [*options, "--method", method]
         if METHODS[method][0] != "off":
             chosen += ["--uncertainty-loss", "loss-prediction" if foresight else "none"]
-        for seed in [*arguments.seeds, *(arguments.more_seeds if name in MORE_SEEDS else [])]:
-            run = f"{prefix}{method}{'-foresight' if foresight else ''}-s{seed}"
-            jobs[run] = ("train_cls.py", [*chosen, "--seed", str(seed)])
-            runs.setdefault(name, []).append(run)
-    run_jobs(jobs, folder, arguments.processes)
-    return {name: [measure_classifier(folder / run) | {"run name": run} for run in of] for name, of in runs.items()}
+        variants[name] = ("train_cls.py", chosen)
+    return rows_of(variants, measure_classifier, arguments, folder, prefix)
 
 
 def fashion_mnist(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -249,13 +277,16 @@ def fashion_mnist(arguments: argparse.Namespace, folder: Path) -> dict[str, list
         options = ["--dataset", "fashion-mnist", "--data-dir", str(folder / "fashion-mnist"), "--loader", "torch"]
         options += ["--model", "resnet20_cifar", "--image-size", "28", "--batch-size", "128"]
         options += ["--epochs", str(arguments.epochs)]
-    return classification(arguments, folder, [*options, "--val-fraction", "0.1"], "")
+    names = arguments.methods or METHOD_NAMES
+    return classification(names, arguments, folder, [*options, "--val-fraction", "0.1"], "")
 
 
 def digits(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The same on scikit-learn's digits."""
     options = ["--dataset", "digits", "--model", "resnet8_cifar", "--val-fraction", "0.2", "--batch-size", "32"]
-    return classification(arguments, folder, [*options, "--epochs", "1" if arguments.quick else "6"], "digits-")
+    options += ["--epochs", "1" if arguments.quick else "6"]
+    names = [name for name in ON_DIGITS if arguments.methods is None or name in arguments.methods]
+    return classification(names, arguments, folder, options, "digits-")
 
 
 def retrieval(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -265,20 +296,13 @@ def retrieval(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dic
         options += ["--dataset", "emoji-mini", "--max-steps", "4"]
     else:
         options += ["--data-dir", str(Path(arguments.emoji).resolve()), "--loader", "torch"]
-    variants = {
+    kinds = {
         "ProxyAnchor off": ["--ism", "off"],
         "ProxyAnchor live": ["--ism", "live", "--uncertainty-loss", "none"],
         "ProxyAnchor live" + FORESIGHT: ["--ism", "live", "--uncertainty-loss", "loss-prediction"],
     }
-    seeds = [*arguments.seeds, *arguments.more_seeds]
-    runs = {name: [f"emoji-{name.split(' ', 1)[1].replace(' + ', '-')}-s{seed}" for seed in seeds] for name in variants}
-    jobs: dict[str, Job] = {
-        run: ("train_dml.py", [*options, *variants[name], "--seed", str(seed)])
-        for name, of in runs.items()
-        for run, seed in zip(of, seeds, strict=True)
-    }
-    run_jobs(jobs, folder, arguments.processes)
-    return {name: [measure_embedder(folder / run) | {"run name": run} for run in of] for name, of in runs.items()}
+    variants: dict[str, Job] = {name: ("train_dml.py", [*options, *kind]) for name, kind in kinds.items()}
+    return rows_of(variants, measure_embedder, arguments, folder, "emoji-")
 
 
 def cell(values: list[float]) -> str:
@@ -361,6 +385,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/uncertainty.json")
     parser.add_argument("--quick", action="store_true", help="a few steps on the embedded sets, one seed")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if "retrieval" in arguments.parts and not arguments.quick and arguments.emoji is None:
         parser.error("--emoji is needed (or --quick, or --parts fashion-mnist digits)")
     if arguments.quick:

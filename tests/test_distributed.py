@@ -32,6 +32,9 @@ PLAIN += [
     "--no-verbose",
 ]
 
+# A foresight head standardises its inputs by what rank 0 has seen, as batch norm does.
+ALONE = ["--uncertainty-loss", "none"]
+
 
 def launch(processes: int, script: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -45,10 +48,17 @@ def launch(processes: int, script: Path, *arguments: str, cwd: Path | None = Non
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same training in one process, in two, and in two with every batch in two parts."""
     base = tmp_path_factory.mktemp("distributed")
-    for name, processes, options in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--grad-accum", "2"])):
+    foresight = ["--method", "ism", "--uncertainty-loss", "loss-prediction", "--grad-accum", "2"]
+    kinds = (
+        ("one", 1, ALONE),
+        ("two", 2, ALONE),
+        ("parts", 2, [*ALONE, "--grad-accum", "2"]),
+        ("foresight", 2, foresight),
+    )
+    for name, processes, options in kinds:
         done = launch(processes, ROOT / "train_cls.py", *PLAIN, *options, "--output-dir", str(base / name))
         assert done.returncode == 0, done.stderr
-    return {name: base / name for name in ("one", "two", "parts")}
+    return {name: base / name for name, *_ in kinds}
 
 
 @pytest.mark.parametrize("name", ["two", "parts"])
@@ -70,6 +80,15 @@ def test_figures_count_every_image_once(runs: dict[str, Path]) -> None:
         assert final["two"]["final"][name] == pytest.approx(final["one"]["final"][name], rel=5e-3), name
 
 
+def test_two_processes_foresee_and_calibrate(runs: dict[str, Path]) -> None:
+    state = torch.load(runs["foresight"] / "checkpoints/last.pt", weights_only=True)
+    assert state["model"]["calibration.fitted_on"] > 100, "the validation images of both ranks"
+    # With the batch and the images for the head alone, in two parts each.
+    assert state["model"]["uncertainty_head.batches"] == 15 * 4
+    final = json.loads((runs["foresight"] / "results.json").read_text(encoding="utf-8"))["final"]
+    assert final["error_auroc"] > 0.6 and 0 <= final["error_ece"] < 0.3
+
+
 def test_only_rank_0_writes(runs: dict[str, Path]) -> None:
     assert len(list((runs["two"] / "tensorboard").iterdir())) == 1
     assert len((runs["two"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
@@ -81,12 +100,12 @@ import os, sys
 import train_cls
 from idml.errors import TrainingError, run_main
 original = train_cls.step
-def step(state, guard, batch, config, global_size):
+def step(state, guard, batch, spoilt, config, global_size):
     with open(f"lam-{os.environ['RANK']}", "a") as file:
         file.write(f"{float(batch.lam)}\\n")
     if os.environ.get("BREAK") == os.environ["RANK"] and state.step == 2:
         raise TrainingError("this rank broke")
-    return original(state, guard, batch, config, global_size)
+    return original(state, guard, batch, spoilt, config, global_size)
 train_cls.step = step
 run_main(train_cls.main)
 """

@@ -50,6 +50,8 @@ OPTIONS += [
     "1",
 ]
 OPTIONS += ["--threads", "1", "--no-verbose", "--bn-freeze", "1"]
+# A foresight head standardises its inputs by what each process has seen, as batch norm does.
+ALONE = ["--uncertainty-loss", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     script = base / "train_all.py"
     script.write_text(TRAIN_ALL)
     for processes, name in ((1, "one"), (2, "two")):
-        done = launch(processes, script, ",".join(LOSSES), str(base / name), *OPTIONS)
+        done = launch(processes, script, ",".join(LOSSES), str(base / name), *OPTIONS, *ALONE)
         assert done.returncode == 0, done.stderr[-3000:]
     return {name: base / name for name in ("one", "two")}
 
@@ -89,11 +91,12 @@ import os, sys
 import torch, train_dml
 from idml.errors import run_main
 original = train_dml.step
-def step(state, guard, images, batch, config, global_size):
-    original(state, guard, images, batch, config, global_size)
+def step(state, guard, images, batch, spoilt, config, global_size):
+    original(state, guard, images, batch, spoilt, config, global_size)
     loss = state.epoch_losses[-1]
     proxies = state.loss.proxies.detach()
     torch.save({"proxies": proxies.clone(), "lam": batch.lam, "loss": loss, "images": images[:1].clone(),
+                "foresight": torch.cat([p.detach().flatten() for p in state.model.uncertainty_head.parameters()]),
                 "head": state.model.semantic_head.weight.detach().clone()},
                f"step-{state.step}-rank-{os.environ['RANK']}.pt")
 train_dml.step = step
@@ -112,7 +115,7 @@ def test_with_mixup_and_a_warm_up_all_ranks_hold_the_same(tmp_path: Path) -> Non
     assert len(steps) >= 4
     for number in steps:
         both = [torch.load(tmp_path / f"step-{number}-rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for name in ("proxies", "lam", "loss", "head"):
+        for name in ("proxies", "lam", "loss", "head", "foresight"):
             assert torch.equal(both[0][name], both[1][name]), (number, name)
         assert not torch.equal(both[0]["images"], both[1]["images"])
     assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2

@@ -28,3 +28,13 @@ def test_the_retrieval_page() -> None:
     loss["loss"].backward()
     assert loss["model"].uncertainty_head.weight.grad.abs().sum() > 0
     assert {"R@1", "R@10", "NMI"} <= set(figures["figures"])
+
+
+def test_the_uncertainty_page() -> None:
+    torch.manual_seed(0)
+    text = (DOCS / "uncertainty.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1]
+    names: dict[str, Any] = {}
+    exec(compile(block, "uncertainty.md", "exec"), names)
+    assert names["score"].shape == (8,) and ((names["score"] > 0) & (names["score"] < 1)).all()
+    assert names["model"].calibration.fitted_on == 8

@@ -42,7 +42,7 @@ def untrained_recall(arguments: list[str]) -> float:
     config, _ = parse_dml_config(arguments, description="")
     data = read_retrieval_data(config)
     seed_everything(config.seed)
-    model = train_dml.build_model(config)
+    model = train_dml.build_model(config, len(data.train.classes))
     tested = embed(model, build_dml_loaders(data, config, pin_memory=False).test, data.preprocessing, "fp32")
     return retrieval_metrics(tested.semantic, torch.from_numpy(data.test.labels), ks=(1,), nmi=False)["R@1"]
 

@@ -117,16 +117,24 @@ def test_the_variants_differ_and_live_trains_its_head(runs: dict[str, Path]) -> 
     assert final["released"]["uncertainty_test"] == pytest.approx(1, abs=1e-5), "of unit length: inert"
     config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
     seed_everything(config.seed)
-    fresh = train_dml.build_model(config).state_dict()["uncertainty_head.weight"].flatten()
-    trained = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)["model"]["uncertainty_head.weight"]
-    assert not torch.equal(fresh, trained.flatten()), "it has learnt"
+    fresh = train_dml.build_model(config, 280).state_dict()
+    trained = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)["model"]
+    for name in ("uncertainty_head.foresee.0.weight", "uncertainty_head.believe.0.weight", "directions"):
+        assert not torch.equal(fresh[name], trained[name]), "it has learnt"
 
 
 def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path]) -> None:
     """Rebuilt from the file alone."""
     checkpoint = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)
     config = checkpoint["config"]
-    model = IntrospectiveEmbedder(config["model"], config["embedding_size"], config["uncertainty_dim"], ism="live")
+    model = IntrospectiveEmbedder(
+        config["model"],
+        config["embedding_size"],
+        config["uncertainty_dim"],
+        ism="live",
+        uncertainty_loss="loss-prediction",
+        num_classes=len(checkpoint["classes"]),
+    )
     model.load_state_dict(checkpoint["model"])
     data = read_retrieval_data(parse_dml_config(options("Proxy_Anchor", "live"), description="")[0])
     images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2).float().div(255)
@@ -246,11 +254,11 @@ def test_warm_up_trains_the_heads_only(tmp_path: Path) -> None:
     train_dml.main(arguments)
     config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
     seed_everything(config.seed)
-    fresh = train_dml.build_model(config).state_dict()
+    fresh = train_dml.build_model(config, 280).state_dict()
     trained = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
     moved = {name for name in fresh if "running" not in name and "num_batches" not in name}
     moved = {name.split(".")[0] for name in moved if not torch.equal(fresh[name], trained[name])}
-    assert moved == {"semantic_head", "uncertainty_head"}
+    assert moved == {"semantic_head", "uncertainty_head", "directions"}
 
 
 def test_frozen_batch_norm_takes_one_forward_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
