@@ -22,6 +22,9 @@ CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
 }
 """What every checkpoint has, and of what type."""
 
+OWN_HEADS = ("classifier", "semantic_head", "uncertainty_head", "directions", "calibration", "search_calibration")
+"""What this project's models have beside a backbone."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project: ``model`` (state), ``config``, ``classes``, ``preprocessing`` and the rest.
@@ -81,7 +84,7 @@ def load_weights(backbone: nn.Module, path: str | Path, *, allow_missing: Sequen
     own = backbone.state_dict()
     classifiers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    ignored = tuple(f"{name}." for name in (*classifiers, "classifier", "uncertainty_head"))
+    ignored = (*(f"{name}." for name in (*classifiers, *OWN_HEADS)), "directions")
 
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own and not name.startswith(ignored)]

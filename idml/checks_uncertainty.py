@@ -25,9 +25,9 @@ def resolve_uncertainty(config: Any) -> None:
             f"--uncertainty-loss {config.uncertainty_loss} trains the head of --ism live, and --ism is {config.ism}: "
             "give --uncertainty-loss none, or --ism live"
         )
-    if config.uncertainty_shifts is None:
+    if config.uncertainty_shifts is None and config.uncertainty_loss != "none":
         config.uncertainty_shifts = list(SHIFTS)
-    for kind in config.uncertainty_shifts:
+    for kind in config.uncertainty_shifts or ():
         if kind not in SHIFTS:
             raise UserError(
                 f"--uncertainty-shifts: expected some of {', '.join(SHIFTS)}, got {kind!r}{nearest(kind, SHIFTS)}"

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from idml import distributed
 from idml.checkpoint_files import write_checkpoint
 from idml.data.image_dataset import DataSplits
 from idml.data.retrieval_data import RetrievalData
 from idml.errors import StorageError, UserError
+from idml.optim import WithHead
 from idml.resume import same_length
 from idml.run import Run
 from idml.signals import Interrupted, StopSignals
@@ -161,10 +163,13 @@ def estimated_bytes(state: TrainingState) -> int:
     def size(module: nn.Module | None) -> int:
         return 0 if module is None else sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
-    copies = 2 if isinstance(state.optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)) else 1
-    trained = sum(p.numel() * p.element_size() for group in state.optimizer.param_groups for p in group["params"])
+    def kept(optimizer: Optimizer) -> int:
+        copies = 2 if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)) else 1
+        return copies * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+
+    optimizers = state.optimizer.parts if isinstance(state.optimizer, WithHead) else (state.optimizer,)
     average = None if state.ema is None else state.ema.module
-    return size(state.model) + size(average) + size(state.loss) + copies * trained
+    return size(state.model) + size(average) + size(state.loss) + sum(map(kept, optimizers))
 
 
 def resume_message(path: str, state: TrainingState) -> str:

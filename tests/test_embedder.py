@@ -158,7 +158,7 @@ def test_promised_backbones_train_all_their_parameters(name: str) -> None:
     frozen = {n.split(".")[1] for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == BEHIND_THE_MAP.get(name, set())
     with torch.no_grad():
-        assert [field.shape for field in model.eval()(images(2, size))] == [field.shape for field in output]
+        assert [field.shape for field in model.eval()(images(2, size))[:3]] == [field.shape for field in output[:3]]
 
 
 @pytest.mark.parametrize("name", ["resnet34", "googlenet", "swin_tiny_patch4_window7_224"])
@@ -221,7 +221,7 @@ def test_heads_stay_in_float32_under_autocast(precision: torch.dtype, ism: Any) 
     model = embedder(ism)
     with torch.autocast("cpu", precision):
         features, output = model.features(images()), model(images())
-    assert {field.dtype for field in (features, *output)} == {torch.float32}
+    assert {field.dtype for field in (features, *output[:3])} == {torch.float32}
     semantic = functional.linear(features, model.semantic_head.weight, model.semantic_head.bias)
     torch.testing.assert_close(output.norm, semantic.norm(dim=1), rtol=1e-6, atol=0)
     torch.testing.assert_close(output.semantic, functional.normalize(semantic, dim=1), rtol=1e-6, atol=1e-7)
