@@ -258,9 +258,9 @@ def evaluate_model(
 ) -> tuple[Embedded, Found]:
     """The embeddings of the test images, and what they find; ``last`` as in ``search``.
 
-    Where classes were held out, the probability of an error is calibrated on them before.
+    In training, where classes were held out, the probability of an error is calibrated on them before.
     """
-    if loaders.val and config.uncertainty_loss != "none":
+    if loaders.val and config.uncertainty_loss != "none" and not config.eval_only:
         calibrate(model, embed(model, loaders.val, data.preprocessing, config.precision))
     tested = embed(model, loaders.test, data.preprocessing, config.precision)
     gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None

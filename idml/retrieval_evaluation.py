@@ -164,7 +164,7 @@ def search(
     probability = None
     if config.uncertainty_loss != "none":
         evidence = evidence_of(test, searched, neighbours, similarities)
-        probability = scores["search"] = model.search_calibration.cpu()(evidence)
-        model.search_calibration.to(device)
+        with torch.no_grad():
+            probability = scores["search"] = model.search_calibration(evidence.to(device)).cpu()
     metrics |= {f"R-AUROC {name}": retrieval_auroc(score, right) for name, score in scores.items()}
     return Found(metrics, neighbours, similarities, right, probability)

@@ -283,7 +283,7 @@ def test_both_ways_give_the_same_loss_where_batch_norm_is_frozen(tmp_path: Path)
     seed_everything(1)
     model = IntrospectiveEmbedder("resnet8_cifar", 16).eval()
     images = torch.rand(2, 6, 3, 32, 32)
-    together = train_dml.Parts(model)(images[0], images[1])
+    together = train_dml.Parts(model, model)(images[0], images[1])
     for part, output in zip(images, together, strict=True):
         for name, column in output._asdict().items():
             torch.testing.assert_close(column, getattr(model(part), name), rtol=1e-5, atol=1e-6)
