@@ -144,7 +144,10 @@ class IntrospectiveEmbedder(nn.Module):
         """
         features, vector = self._features(images)
         with torch.autocast(features.device.type, enabled=False):
-            return self._heads(features, vector)
+            output = self._heads(features, vector)
+        if self.training and isinstance(self.uncertainty_head, ForesightHead) and output.foreseen_loss is not None:
+            self.uncertainty_head.note_losses(output.foreseen_loss)
+        return output
 
     def foresee(self, images: Tensor) -> EmbedderOutput:
         """The same of images that the backbone does not learn from, seen as in evaluation; gradient to the head alone.
@@ -175,8 +178,10 @@ class IntrospectiveEmbedder(nn.Module):
             foreseen = foresight.foreseen_loss
             with torch.no_grad():
                 probability = self.calibration(log_loss_evidence(foreseen)[:, None])
-            # The head learns from what it foresees; the ISM takes its word.
-            uncertainty = foresight.uncertainty.detach() * head.gain
+            # The head learns from what it foresees; the ISM takes its word, relative to what is usual: what is foreseen
+            # changes by an order of magnitude in training, and comparisons must not all be weakened by that.
+            usual = foreseen.detach().mean() if self.training else head.usual_loss
+            uncertainty = foresight.uncertainty.detach() * head.gain * usual.rsqrt()
             belief = functional.normalize(foresight.belief, dim=1)
             return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability)
         uncertainty = head(features)

@@ -96,9 +96,11 @@ class ForesightHead(nn.Module):
 
     Attributes:
         gain: 0-d float32 buffer: of u in the ISM, see ``idml.losses.scale_uncertainty_head``. Not in ``foreseen_loss``.
+        usual_loss: 0-d float32 buffer, nats: running mean of the losses foreseen of training images.
     """
 
     gain: Tensor
+    usual_loss: Tensor
     mean: Tensor
     variance: Tensor
     batches: Tensor
@@ -108,6 +110,7 @@ class ForesightHead(nn.Module):
         super().__init__()
         self.scale = math.sqrt(self.reference / input_dim)
         self.register_buffer("gain", torch.tensor(1.0))
+        self.register_buffer("usual_loss", torch.tensor(1.0))
         self.register_buffer("mean", torch.zeros(input_dim))
         self.register_buffer("variance", torch.ones(input_dim))
         self.register_buffer("batches", torch.tensor(0))
@@ -128,6 +131,11 @@ class ForesightHead(nn.Module):
         standardised = (vector - self.mean) * (self.variance + VARIANCE_FLOOR).rsqrt()
         standardised = standardised.clamp(-LARGEST_INPUT, LARGEST_INPUT) * self.scale
         return Foresight(functional.softplus(self.foresee(standardised)), self.believe(standardised))
+
+    @torch.no_grad()
+    def note_losses(self, foreseen: Tensor) -> None:
+        """Let the running mean of foreseen losses take in those of a batch, (B,)."""
+        self.usual_loss.lerp_(foreseen.mean(), STATISTICS_MOMENTUM)
 
     @torch.no_grad()
     def note(self, vector: Tensor) -> None:
