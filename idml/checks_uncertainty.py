@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from augment import SHIFTS
@@ -10,6 +11,16 @@ from idml.errors import UserError, nearest
 
 OPTIONS = ("uncertainty_share", "uncertainty_shifts")
 """Options that do nothing without loss prediction."""
+
+
+def join_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of which later ones win; an uncertainty loss given before another ISM variant belonged to the first."""
+    joined: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("ism", joined.get("ism")) != joined.get("ism"):
+            joined |= {"uncertainty_loss": None, "uncertainty_shifts": None}
+        joined |= layer
+    return joined
 
 
 def resolve_uncertainty(config: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_cls import check_ranges, warn_without_effect
-from idml.checks_uncertainty import resolve_uncertainty
+from idml.checks_uncertainty import join_layers, resolve_uncertainty
 from idml.config import build_config, option, parse_command_line, parse_name_values
 from idml.cutmix_flags import translate_cutmix_flags
 from idml.distributed import world_size
@@ -154,7 +154,7 @@ def parse_cls_config(argv: Sequence[str], *, description: str) -> tuple[ClsConfi
     layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
-    config = build_config(ClsConfig, dict(item for layer in layers for item in layer.items()))
+    config = build_config(ClsConfig, join_layers(layers))
     config.resume = None if path is None else str(path)
     _resolve(config, set(file) | set(flags), set(flags))
     check_ranges(config)

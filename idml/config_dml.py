@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_dml import check_ranges, warn_without_effect
-from idml.checks_uncertainty import resolve_uncertainty
+from idml.checks_uncertainty import join_layers, resolve_uncertainty
 from idml.config import build_config, option, parse_command_line
 from idml.distributed import world_size
 from idml.errors import UserError
@@ -146,7 +146,7 @@ def parse_dml_config(argv: Sequence[str], *, description: str) -> tuple[DmlConfi
     layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
-    config = build_config(DmlConfig, dict(item for layer in layers for item in layer.items()))
+    config = build_config(DmlConfig, join_layers(layers))
     config.resume = None if path is None else str(path)
     given = set(file) | set(flags)
     _resolve(config)

@@ -15,6 +15,7 @@ import train_cls
 import train_dml
 from idml import IntrospectiveClassifier, UserError, uncertainty_score
 from idml.checkpoint import read_checkpoint
+from idml.config import dump_config
 from idml.config_cls import parse_cls_config
 from idml.config_dml import parse_dml_config
 from idml.data.datasets import read_splits
@@ -168,6 +169,19 @@ def test_options(parse) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse(["--uncertainty-shifts", "blur", "noise"], description="")
+
+
+@pytest.mark.parametrize("parse", [parse_cls_config, parse_dml_config])
+def test_another_variant_has_the_uncertainty_loss_of_its_own(tmp_path: Path, parse) -> None:
+    file = tmp_path / "saved.yaml"
+    file.write_text(dump_config(parse([], description="")[0]), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ism, expected in (("released", "none"), ("live", "loss-prediction")):
+            config, _ = parse(["--config", str(file), "--ism", ism], description="")
+            assert config.uncertainty_loss == expected
+        config, _ = parse(["--config", str(file), "--ism", "live", "--uncertainty-loss", "none"], description="")
+    assert config.uncertainty_loss == "none"
 
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
