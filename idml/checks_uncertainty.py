@@ -36,7 +36,9 @@ def resolve_uncertainty(config: Any) -> None:
             f"--uncertainty-loss {config.uncertainty_loss} trains the head of --ism live, and --ism is {config.ism}: "
             "give --uncertainty-loss none, or --ism live"
         )
-    if config.uncertainty_shifts is None and config.uncertainty_loss != "none":
+    if config.uncertainty_loss == "none" and config.uncertainty_shifts == list(SHIFTS):
+        config.uncertainty_shifts = None  # a saved config spells the default out
+    elif config.uncertainty_loss != "none" and config.uncertainty_shifts is None:
         config.uncertainty_shifts = list(SHIFTS)
     for kind in config.uncertainty_shifts or ():
         if kind not in SHIFTS:
