@@ -7,7 +7,7 @@
 Classification: ResNet-20 on 20,000 images of Fashion-MNIST (a tenth of them held out to calibrate on), tested on its
 10,000 test images; ResNet-8 on scikit-learn's digits. Of each score: how well it ranks the errors (error AUROC, AURC,
 E-AURC, AUGRC, risk at 80 % coverage, coverage at 5 % risk) and how well it tells clean test images from the same ones
-mixed, cut, blurred, noisy and cropped, and from another data set (AUROC).
+mixed, cut, blurred, noisy and cropped, and from the other data set of the two (AUROC).
 Retrieval: ProxyAnchor off and live on the emoji pack (a tenth of the training classes held out), tested on unseen
 classes: the same, an error being a nearest neighbour of another class.
 
@@ -162,7 +162,8 @@ def measure_classifier(run: Path) -> dict[str, Any]:
     right = chances.argmax(1) == labels
     some = data.test.subset(np.arange(min(SHIFTED_IMAGES, len(data.test))))
     shifted = {kind: score_all(score, batches(some, size), kind, 1) for kind in SHIFTS}
-    other, _ = parse_cls_config(["--dataset", "digits", "--image-size", str(size)], description="")
+    name = "fashion-mnist-mini" if config.dataset == "digits" else "digits"
+    other, _ = parse_cls_config(["--dataset", name, "--image-size", str(size)], description="")
     shifted["other set"] = score_all(score, batches(read_splits(other).test, size), None, 0)
     run_figures = {"top1": right.double().mean().item()} | calibration_metrics(chances, labels)
     return {"run": run_figures, "scores": rank_and_tell(scores, right, shifted)}
