@@ -375,6 +375,12 @@ def print_differences(found: dict[str, dict[str, list[float]]]) -> None:
             print(f"| {name} | {what} | {count} | {mean:+.4f} | {interval} |")
 
 
+def without_places(options: list[str]) -> list[str]:
+    """The options without the folder of the runs, and files by their names alone."""
+    kept = [text for before, text in zip(["", *options], options, strict=False) if "--runs" not in (before, text)]
+    return [Path(text).name if text.endswith(".npz") else text for text in kept]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
@@ -416,7 +422,7 @@ def main() -> None:
                 "hardware": hardware(),
                 "versions": versions(),
                 "commit": git_commit(),
-                "command": " ".join(["python", "benchmarks/uncertainty.py", *sys.argv[1:]]),
+                "command": " ".join(["python", "benchmarks/uncertainty.py", *without_places(sys.argv[1:])]),
             }
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
