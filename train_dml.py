@@ -296,9 +296,12 @@ def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
     network: nn.Module = Parts(compiled, model)
     if distributed.world_size() > 1:
         device = next(model.parameters()).device
-        # Buffers are copied from rank 0 before each evaluation.
+        # Running figures of batch norm are rank 0's in every step: they say what a spoilt image looks like to the
+        # uncertainty head, and a checkpoint has those of rank 0 alone.
         network = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=not config.bn_freeze,
         )
     return network
 

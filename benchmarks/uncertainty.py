@@ -389,9 +389,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--emoji", help="the .npz of the emoji pack")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
-        "--more-seeds", type=int, nargs="*", default=[4, 5], help=f"of {', '.join(MORE_SEEDS)}"
-    )
+    parser.add_argument("--more-seeds", type=int, nargs="*", default=[4, 5], help=f"of {', '.join(MORE_SEEDS)}")
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, help="of classification; default all")
     parser.add_argument("--epochs", type=int, default=4, help="on Fashion-MNIST")
     parser.add_argument("--processes", type=int, default=2, help="runs beside one another, one thread each")

@@ -32,7 +32,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, it is damaged, or it is something else.
     """
-    checkpoint = _load_tensors(Path(path))
+    checkpoint = load_tensors(Path(path))
     if missing := wrong_entries(checkpoint, CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: {missing}")
     return checkpoint
@@ -46,7 +46,7 @@ def wrong_entries(content: Mapping[str, Any], expected: Mapping[str, type | tupl
     return "; ".join(problems + [f"its {key} is a {type(content[key]).__name__}" for key in others])
 
 
-def _load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Any]:
     """The content of a .safetensors file, or of a .pth/.pt file that holds tensors and plain values only."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
@@ -76,7 +76,7 @@ def load_weights(backbone: nn.Module, path: str | Path, *, allow_missing: Sequen
     Raises:
         UserError: the file cannot be read, or names or shapes differ (the first ten are told).
     """
-    content: Mapping[str, Any] = _load_tensors(Path(path))
+    content: Mapping[str, Any] = load_tensors(Path(path))
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), Mapping):
             content = content[key]

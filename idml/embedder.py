@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from idml.backbones import create_backbone, infer_map_dim
 from idml.depths import DepthReader
+from idml.distributed import moments_over_ranks
 from idml.foresight import SEARCH_EVIDENCE, SHARPNESS, ErrorCalibration, log_loss_evidence
 from idml.heads import ForesightHead, UncertaintyHead
 from idml.models import IsmVariant, UncertaintyLoss, check_choices, check_uncertainty_loss
@@ -180,7 +181,7 @@ class IntrospectiveEmbedder(nn.Module):
                 probability = self.calibration(log_loss_evidence(foreseen)[:, None])
             # The head learns from what it foresees; the ISM takes its word, relative to what is usual: what is foreseen
             # changes by an order of magnitude in training, and comparisons must not all be weakened by that.
-            usual = foreseen.detach().mean() if self.training else head.usual_loss
+            usual = moments_over_ranks(foreseen[:, None])[0][0] if self.training else head.usual_loss
             uncertainty = foresight.uncertainty.detach() * head.gain * usual.rsqrt()
             belief = functional.normalize(foresight.belief, dim=1)
             return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability)

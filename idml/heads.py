@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from idml.distributed import moments_over_ranks
 from idml.similarity import TEMPERATURE
 
 INITIAL_EXPONENT = 0.05
@@ -134,13 +135,17 @@ class ForesightHead(nn.Module):
 
     @torch.no_grad()
     def note_losses(self, foreseen: Tensor) -> None:
-        """Let the running mean of foreseen losses take in those of a batch, (B,)."""
-        self.usual_loss.lerp_(foreseen.mean(), STATISTICS_MOMENTUM)
+        """Let the running mean of foreseen losses take in those of a batch, (B,); of all ranks' images alike."""
+        self.usual_loss.lerp_(moments_over_ranks(foreseen[:, None])[0][0], STATISTICS_MOMENTUM)
 
     @torch.no_grad()
     def note(self, vector: Tensor) -> None:
-        """Let the running mean and variance take in a batch; to be called before the forward pass of a step."""
+        """Let the running mean and variance take in a batch; to be called before the forward pass of a step.
+
+        Under DDP it is the batch of all ranks: figures that differed by rank would be lost with a checkpoint.
+        """
         momentum = torch.where(self.batches == 0, 1.0, STATISTICS_MOMENTUM).to(vector)
-        self.mean.lerp_(vector.mean(0), momentum)
-        self.variance.lerp_(vector.var(0, unbiased=False), momentum)
+        mean, variance = moments_over_ranks(vector)
+        self.mean.lerp_(mean, momentum)
+        self.variance.lerp_(variance, momentum)
         self.batches += 1

@@ -32,7 +32,7 @@ PLAIN += [
     "--no-verbose",
 ]
 
-# A foresight head standardises its inputs by what rank 0 has seen, as batch norm does.
+# The images that a foresight head alone learns from are drawn by rank.
 ALONE = ["--uncertainty-loss", "none"]
 
 
@@ -130,3 +130,29 @@ def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "--batch-size 33 (over all processes) does not divide by 2 processes" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+MOMENTS = """
+import sys
+import torch
+from idml import distributed
+distributed.setup("cpu")
+torch.set_num_threads(1)
+rows = torch.load(sys.argv[1])
+own = rows[:7] if distributed.rank() == 0 else rows[7:]
+torch.save(distributed.moments_over_ranks(own), f"{sys.argv[1]}-{distributed.rank()}")
+distributed.shutdown()
+"""
+
+
+def test_moments_are_those_of_all_ranks(tmp_path: Path) -> None:
+    """Of uneven shares, and of numbers far from zero, where a difference of squares would have nothing left."""
+    script, rows = tmp_path / "moments.py", torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) + 3000
+    script.write_text(MOMENTS)
+    torch.save(rows, tmp_path / "rows")
+    done = launch(2, script, str(tmp_path / "rows"))
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        mean, variance = torch.load(tmp_path / f"rows-{rank}", weights_only=True)
+        torch.testing.assert_close(mean, rows.mean(0))
+        torch.testing.assert_close(variance, rows.double().var(0, unbiased=False).float(), rtol=1e-3, atol=1e-3)

@@ -44,7 +44,7 @@ CROP_PADDING = 4
 
 
 def _fashion_preprocessing(size: int) -> Preprocessing:
-    return Preprocessing(image_size=size, mean=FASHION_MEAN, std=FASHION_STD)
+    return Preprocessing(image_size=size, mean=FASHION_MEAN, std=FASHION_STD, fit="whole")
 
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -130,7 +130,7 @@ def read_digits(config: ClsConfig) -> SourceData:
     return SourceData(
         train=dataset.subset(np.flatnonzero(~test)),
         test=dataset.subset(np.flatnonzero(test)),
-        preprocessing=Preprocessing(image_size=size),
+        preprocessing=Preprocessing(image_size=size, fit="whole"),
         flip=False,
         crop_padding=CROP_PADDING,
     )
@@ -162,7 +162,7 @@ def read_cifar(config: ClsConfig) -> SourceData:
         )
         for part in (train, test)
     ]
-    preprocessing = Preprocessing(image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD)
+    preprocessing = Preprocessing(image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD, fit="whole")
     return SourceData(train=splits[0], test=splits[1], preprocessing=preprocessing, crop_padding=CROP_PADDING)
 
 

@@ -251,7 +251,7 @@ def _retrieval_data(pack: EmojiPack, size: int) -> RetrievalData:
     return RetrievalData(
         train=_of_classes(pack, train, size),
         test=_of_classes(pack, test, size),
-        preprocessing=Preprocessing(image_size=size, mean=EMOJI_MEAN, std=EMOJI_STD),
+        preprocessing=Preprocessing(image_size=size, mean=EMOJI_MEAN, std=EMOJI_STD, fit="whole"),
         flip=False,  # a mirrored arrow, hand or letter is another character
         crop_padding=CROP_PADDING,
         crop_fill=255,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per-channel statistics of ImageNet in [0, 1], as timm and torchvision use them."""
+
+Fit = Literal["crop", "whole"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +62,14 @@ class Preprocessing:
     Attributes:
         image_size: side of the square input in pixels.
         mean, std: per channel, of images scaled to [0, 1].
+        fit: how an image becomes a square of that size in evaluation. ``"crop"``: resized, and its centre cropped, as
+            photos are; ``"whole"``: all of it, padded or resized, as in the data sets of small square images.
     """
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    fit: Fit = "crop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from idml.data.crops import random_resized_crop
-from idml.data.image_dataset import ImageDataset, read_rgb
+from idml.data.image_dataset import Fit, ImageDataset, fit_square, read_rgb
 from idml.data.sampling import (
     balanced_batches,
     eval_batches,
@@ -34,6 +35,21 @@ EVAL_RESIZE = 256 / 224
 
 CROP_SCALE = (0.08, 1.0)
 """Share of the area in a random resized crop (Szegedy et al. 2015; torchvision's default)."""
+
+
+def as_evaluated(image: Image.Image, size: int, fit: Fit) -> Tensor:
+    """(3, size, size) uint8: an RGB image as evaluation shows it to a model.
+
+    Args:
+        image: of any size.
+        size: in pixels.
+        fit: see ``Preprocessing``. Of an image that is no square, "whole" takes the central square.
+    """
+    if fit == "crop":
+        image = transforms.resize(image, [round(size * EVAL_RESIZE)])
+        return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
+    square = transforms.center_crop(image, [min(image.size)] * 2)
+    return torch.from_numpy(fit_square(np.array(square)[None], size)[0]).permute(2, 0, 1).contiguous()
 
 
 class Loader(Protocol):
@@ -94,8 +110,8 @@ class DealtBatches:
 class _Batches(Dataset):
     """Fetches whole batches: one array lookup for images in memory, else one decoded file after the other."""
 
-    def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int) -> None:
-        self.dataset, self.image_size, self.train, self.seed = dataset, image_size, train, seed
+    def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int, fit: Fit) -> None:
+        self.dataset, self.image_size, self.train, self.seed, self.fit = dataset, image_size, train, seed, fit
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | TrainingError:
         # An error is handed over and raised by ``TorchLoader``: torch would wrap it in a worker's traceback.
@@ -119,15 +135,11 @@ class _Batches(Dataset):
             image = read_rgb(self.dataset.paths[index])
         except (OSError, ValueError, SyntaxError) as error:
             raise TrainingError(f"{self.dataset.paths[index]} could not be read during training: {error}") from None
+        if not self.train:
+            return as_evaluated(image, self.image_size, self.fit)
+        top, left, height, width = random_resized_crop(image.height, image.width, self.seed, epoch, index, *CROP_SCALE)
         size = [self.image_size, self.image_size]
-        if self.train:
-            top, left, height, width = random_resized_crop(
-                image.height, image.width, self.seed, epoch, index, *CROP_SCALE
-            )
-            image = transforms.resized_crop(image, top, left, height, width, size, antialias=True)
-        else:
-            image = transforms.center_crop(transforms.resize(image, [round(self.image_size * EVAL_RESIZE)]), size)
-        return transforms.pil_to_tensor(image)
+        return transforms.pil_to_tensor(transforms.resized_crop(image, top, left, height, width, size, antialias=True))
 
 
 class _EpochBatchSampler:
@@ -161,6 +173,7 @@ class TorchLoader(DealtBatches):
         rank, world_size: this process and how many there are.
         pin_memory: page-locked batches, for copies to a GPU that do not block.
         per_class: in training, images of each class in a batch (see ``balanced_batches``); None: random batches.
+        fit: at evaluation, how a file becomes a square (see ``Preprocessing``).
     """
 
     def __init__(
@@ -176,12 +189,13 @@ class TorchLoader(DealtBatches):
         world_size: int = 1,
         pin_memory: bool = False,
         per_class: int | None = None,
+        fit: Fit = "crop",
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
         self.rank, self.world_size, self.per_class = rank, world_size, per_class
         self._sampler = _EpochBatchSampler(self)
         workers = workers if dataset.paths is not None else 0
-        self._fetch = _Batches(dataset, image_size, train, seed)
+        self._fetch = _Batches(dataset, image_size, train, seed, fit)
         self._loader = DataLoader(
             self._fetch,
             batch_sampler=self._sampler,

@@ -1,0 +1,327 @@
+"""Using a model that was trained: ``idml.load``, and from images to embeddings, classes and uncertainty.
+
+Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions, K dimensions of a belief, S pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from augment import normalise
+from idml.checkpoint import load_tensors, read_checkpoint
+from idml.checkpoint_files import newest_checkpoint
+from idml.data.image_dataset import ImageDataset
+from idml.data.torch_loader import TorchLoader, as_evaluated
+from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
+from idml.errors import UserError
+from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
+from idml.runtime import choose_device
+from idml.spec import ModelSpec, Task, fingerprint, load_state
+
+Images: TypeAlias = "Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]"
+"""One image or many. Arrays are (H, W), (H, W, 1 or 3) or (N, H, W, 1 or 3); tensors (1 or 3, H, W) or (N, 1 or 3, H,
+W). Integers are 0 to 255, floating numbers 0 to 1."""
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files of an exported model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Embeddings:
+    """What a model says of N images; arrays on the CPU.
+
+    Attributes:
+        semantic: (N, D) float32; of unit length where the model was trained so.
+        uncertainty: (N,) float32, higher for a more ambiguous image; ``TrainedModel.score_name`` says what it means.
+        uncertainty_embedding: (N, E) float32; zeros where ISM is off.
+        foreseen_loss: (N,) float32, nats, and belief: (N, K) float32, of the uncertainty head; None without loss
+            prediction, and belief for a classifier.
+        probabilities: (N, C) float32, of a classifier; None of a retrieval model.
+    """
+
+    semantic: np.ndarray
+    uncertainty: np.ndarray
+    uncertainty_embedding: np.ndarray
+    foreseen_loss: np.ndarray | None = None
+    belief: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.semantic)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """Those of several batches, in their order; at least one."""
+        columns: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            pieces = [getattr(part, field.name) for part in parts]
+            columns[field.name] = None if pieces[0] is None else np.concatenate(pieces)
+        return cls(**columns)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """What a classifier takes N images for.
+
+    Attributes:
+        labels: (N,) int64, positions in the model's classes.
+        classes: N names.
+        confidence: (N,) float32, the probability of the top class by the plain logits.
+        probabilities: (N, C) float32.
+        uncertainty: (N,) float32; see ``TrainedModel.score_name``.
+    """
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    confidence: np.ndarray
+    probabilities: np.ndarray
+    uncertainty: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TrainedModel:
+    """A network in evaluation mode, with all that belongs to it; see ``load``.
+
+    Attributes:
+        network: classifier or embedder.
+        spec: architecture, classes, preprocessing.
+        device: where it computes.
+        source: the file that it was read from.
+        fingerprint: 16 hexadecimal digits, of its weights.
+    """
+
+    def __init__(
+        self,
+        network: IntrospectiveClassifier | IntrospectiveEmbedder,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        source: Path,
+    ) -> None:
+        self.fingerprint = fingerprint(network)
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.spec, self.device, self.source = spec, device, source
+
+    @property
+    def task(self) -> Task:
+        """Classification, or retrieval."""
+        return self.spec.task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of the training images."""
+        return self.spec.classes
+
+    @property
+    def score_name(self) -> str:
+        """What ``uncertainty`` is: ``P(wrong)`` in [0, 1]; ``|u|``, without unit; ``1 - max softmax`` of a plain
+        classifier; ``none`` of a plain retrieval model, where it is NaN."""
+        if self.spec.uncertainty_loss != "none":
+            return "P(wrong)"
+        if self.spec.ism != "off":
+            return "|u|"
+        return "1 - max softmax" if self.task == "classification" else "none"
+
+    @property
+    def calibrated_on(self) -> int:
+        """Number of held-out images that ``P(wrong)`` was calibrated on; 0: it was not, or is another score."""
+        calibration = getattr(self.network, "calibration", None)
+        return 0 if calibration is None else int(calibration.fitted_on)
+
+    def prepare(self, images: Images) -> Tensor:
+        """(N, 3, S, S) uint8 on the CPU: the images as evaluation shows them to the model.
+
+        Raises:
+            UserError: an image is of another kind, shape or range than ``Images`` says.
+        """
+        size, fit = self.spec.preprocessing.image_size, self.spec.preprocessing.fit
+        return torch.stack([as_evaluated(image, size, fit) for image in _as_pil(images)])
+
+    @torch.inference_mode()
+    def outputs(self, images: Tensor) -> ClassifierOutput | EmbedderOutput:
+        """What the network gives for (N, 3, S, S) uint8 images, as ``prepare`` makes them; on the model's device."""
+        square = self.spec.preprocessing
+        return self.network(normalise(images.to(self.device, non_blocking=True), square.mean, square.std))
+
+    def embeddings_of(self, output: ClassifierOutput | EmbedderOutput) -> Embeddings:
+        """The same as arrays."""
+        found: dict[str, Any] = {
+            "semantic": output.semantic,
+            "uncertainty_embedding": output.uncertainty,
+            "uncertainty": uncertainty_score(output),
+        }
+        if isinstance(output, ClassifierOutput):
+            probabilities = output.logits.float().softmax(1)
+            found["probabilities"] = probabilities
+            found["foreseen_loss"] = None if output.foresight is None else output.foresight.foreseen_loss
+            if self.spec.ism == "off":
+                found["uncertainty"] = 1 - probabilities.amax(1)
+        else:
+            found["foreseen_loss"], found["belief"] = output.foreseen_loss, output.belief
+            if self.spec.ism == "off":
+                found["uncertainty"] = torch.full_like(output.norm, torch.nan)
+        arrays: dict[str, Any] = {
+            name: None if value is None else value.float().cpu().numpy() for name, value in found.items()
+        }
+        return Embeddings(**arrays)
+
+    def embed(self, images: Images, *, batch_size: int = 64) -> Embeddings:
+        """Embeddings and uncertainty of images.
+
+        Args:
+            images: see ``Images``; at least one.
+            batch_size: how many go through the network at once.
+
+        Raises:
+            UserError: as ``prepare``.
+        """
+        prepared = self.prepare(images)
+        return Embeddings.joined([self.embeddings_of(self.outputs(part)) for part in prepared.split(batch_size)])
+
+    def predict(self, images: Images, *, batch_size: int = 64) -> Predictions:
+        """Classes and uncertainty of images.
+
+        Args:
+            images, batch_size: as in ``embed``.
+
+        Raises:
+            UserError: as ``prepare``; or this is a retrieval model, which has no classes.
+        """
+        if self.task != "classification":
+            raise UserError(
+                f"{self.source} is a retrieval model: it has no classes to predict. Use embed(), and compare embeddings"
+            )
+        return self.predictions_of(self.embed(images, batch_size=batch_size))
+
+    def predictions_of(self, embeddings: Embeddings) -> Predictions:
+        """The classes in a classifier's embeddings."""
+        probabilities = embeddings.probabilities
+        assert probabilities is not None
+        labels = probabilities.argmax(1)
+        return Predictions(
+            labels=labels,
+            classes=tuple(self.classes[label] for label in labels),
+            confidence=probabilities.max(1),
+            probabilities=probabilities,
+            uncertainty=embeddings.uncertainty,
+        )
+
+    def loader(
+        self, dataset: ImageDataset, *, batch_size: int = 64, workers: int = 0, rank: int = 0, world_size: int = 1
+    ) -> TorchLoader:
+        """Batches of a data set as evaluation shows them, this rank's share; see ``idml.data.torch_loader``.
+
+        Images in memory must be as the readers of this project make them for the model's size.
+        """
+        square = self.spec.preprocessing
+        return TorchLoader(
+            dataset,
+            batch_size=batch_size,
+            image_size=square.image_size,
+            train=False,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+            fit=square.fit,
+        )
+
+    def embed_dataset(self, dataset: ImageDataset, *, batch_size: int = 64, workers: int = 0) -> Iterator[Embeddings]:
+        """The embeddings of a data set, a batch at a time, in its order."""
+        for images, _ in self.loader(dataset, batch_size=batch_size, workers=workers).epoch(0):
+            yield self.embeddings_of(self.outputs(images))
+
+
+def load(source: str | Path, *, device: str = "auto") -> TrainedModel:
+    """A trained model, ready to be used.
+
+    Args:
+        source: a run directory (its ``checkpoints/last.pt``, whose figures the run reports), a checkpoint file, or a
+            folder that ``python -m idml export --format safetensors`` wrote.
+        device: auto (cuda, then mps, then cpu), cpu, cuda or mps.
+
+    Raises:
+        UserError: there is no such thing, it is damaged, or it is something else.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"no model at {path}: expected a run directory, a checkpoint file, or an exported folder")
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _load_exported(path, device)
+    if path.is_dir():
+        found = newest_checkpoint(path)
+        if found is None:
+            raise UserError(
+                f"no model in {path}: expected a run directory with checkpoints/last.pt, or a folder with {CONFIG} and "
+                f"{WEIGHTS}"
+            )
+        path, checkpoint = found
+    else:
+        checkpoint = read_checkpoint(path)
+    spec = ModelSpec.from_checkpoint(checkpoint, str(path))
+    network = spec.build()
+    load_state(network, checkpoint["model"], str(path))
+    return TrainedModel(network, spec, device=choose_device(device), source=path)
+
+
+def _load_exported(folder: Path, device: str) -> TrainedModel:
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(described, dict) or not isinstance(described.get("idml"), dict):
+        raise UserError(f"{folder / CONFIG} does not describe a model of this project: it has no object idml")
+    spec = ModelSpec.from_json(described["idml"], str(folder / CONFIG))
+    network = spec.build()
+    load_state(network, load_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return TrainedModel(network, spec, device=choose_device(device), source=folder)
+
+
+def _as_pil(images: Images) -> list[Image.Image]:
+    """Every image as RGB."""
+    if isinstance(images, Image.Image):
+        return [images.convert("RGB")]
+    if isinstance(images, np.ndarray):
+        return _from_pixels(images, "an array", (2, 3, 4))
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4):
+            raise UserError(f"expected a tensor (3, H, W) or (N, 3, H, W), got shape {tuple(images.shape)}")
+        return _from_pixels(images.detach().cpu().movedim(-3, -1).numpy(), "a tensor", (3, 4))
+    if isinstance(images, Iterable) and not isinstance(images, (str, bytes)):
+        found = [image for each in images for image in _as_pil(each)]
+        if found:
+            return found
+        raise UserError("expected at least one image, got none")
+    raise UserError(
+        f"expected images as PIL images, arrays or tensors, or a sequence of them, got {type(images).__name__} "
+        "(open files with PIL.Image.open)"
+    )
+
+
+def _from_pixels(pixels: np.ndarray, what: str, dimensions: tuple[int, ...]) -> list[Image.Image]:
+    """RGB images of (H, W), (H, W, c) or (N, H, W, c) numbers."""
+    channels = 1 if pixels.ndim == 2 else pixels.shape[-1] if pixels.ndim else 0
+    if pixels.ndim not in dimensions or channels not in (1, 3) or pixels.size == 0:
+        raise UserError(f"expected {what} of images with 1 or 3 channels, got one of shape {pixels.shape}")
+    low, high = float(pixels.min()), float(pixels.max())
+    top = 1.0 if np.issubdtype(pixels.dtype, np.floating) else 255.0
+    if not (low >= 0 and high <= top):  # NaN too
+        raise UserError(
+            f"expected numbers of {what} of {pixels.dtype} between 0 and {top:.0f}, got {low:g} to {high:g}; give "
+            "images as they are, the model normalises them itself"
+        )
+    if top == 1.0:
+        pixels = np.round(pixels * 255.0)
+    batch = pixels.astype(np.uint8)
+    batch = batch[None, ..., None] if batch.ndim == 2 else batch[None] if batch.ndim == 3 else batch
+    return [Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy()) for image in batch]
