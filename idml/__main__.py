@@ -1,20 +1,36 @@
-"""``python -m idml <command>``.
+"""``python -m idml <command>``, or ``idml <command>``; each has --help.
 
 table RUN [RUN ...]                    one row per run directory
-ffcv-write --dataset D --out X.beton   write a split of a data set for FFCV (--help lists the options)
-verify-data --dataset D --data-dir DIR whether a retrieval data set is whole and every image decodes (--help)
+info CHECKPOINT                        what a checkpoint is
+embed --checkpoint C --data-dir DIR    embeddings and uncertainty of images, as a Parquet file
+search --index E.parquet --query IMG   the images most like one
+audit --checkpoint C --data-dir DIR    a page that shows what a model is unsure of, and which labels look wrong
+evaluate --checkpoint C                the figures of a model on its test images
+export --checkpoint C --format F       as onnx, torchscript, safetensors or timm
+ffcv-write --dataset D --out X.beton   write a split of a data set for FFCV
+verify-data --dataset D --data-dir DIR whether a retrieval data set is whole and every image decodes
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 
-from idml.data.ffcv_write import ffcv_write
-from idml.data.verify import verify_data
 from idml.errors import UserError, nearest, run_main
-from idml.tables import print_table
 
-COMMANDS = {"table": print_table, "ffcv-write": ffcv_write, "verify-data": verify_data}
+COMMANDS = {
+    "table": "idml.tables:print_table",
+    "info": "idml.commands.info:info",
+    "embed": "idml.commands.embed:embed",
+    "search": "idml.commands.search:search",
+    "audit": "idml.commands.audit:audit",
+    "evaluate": "idml.commands.evaluate:evaluate",
+    "export": "idml.commands.export:export",
+    "ffcv-write": "idml.data.ffcv_write:ffcv_write",
+    "verify-data": "idml.data.verify:verify_data",
+}
+"""Module and function of each; imported only when it is asked for."""
 
 
 def main() -> None:
@@ -25,8 +41,15 @@ def main() -> None:
     name, arguments = sys.argv[1], sys.argv[2:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    COMMANDS[name](arguments)
+    warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    module, function = COMMANDS[name].split(":")
+    getattr(importlib.import_module(module), function)(arguments)
+
+
+def command() -> None:
+    """What ``idml`` runs."""
+    run_main(main)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    command()

@@ -1,0 +1,200 @@
+"""Images to use a model on: a folder of any layout, or the data set that the model was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idml.data.image_dataset import ImageDataset
+from idml.data.image_files import IMAGE_SUFFIXES, printable, without_unreadable
+from idml.errors import UserError
+
+SPLITS = ("train", "val", "test", "query", "gallery")
+"""Names of folders that stand for a split and not for a class."""
+
+LAYOUT = (
+    "images anywhere below DIR; the first folder of an image's path is its class, or a split ("
+    + ", ".join(SPLITS)
+    + ")"
+)
+"""What a folder may look like, for errors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Collection:
+    """N images that may or may not have labels.
+
+    Attributes:
+        dataset: the images; its labels are positions in its own classes, -1 where there is none.
+        names: N paths relative to the folder, with forward slashes; or names such as ``test/17`` for images in memory.
+        splits: N names of splits, empty where there is none.
+        root: the folder, or None for images in memory.
+        source: the folder's path, or the data set's name.
+    """
+
+    dataset: ImageDataset
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    root: Path | None
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """N names of classes; None where there is none."""
+        return tuple(None if label < 0 else self.dataset.classes[label] for label in self.dataset.labels)
+
+    def subset(self, indices: np.ndarray) -> Collection:
+        """The images at ``indices`` ((K,) int64), with all the classes."""
+        return dataclasses.replace(
+            self,
+            dataset=self.dataset.subset(indices),
+            names=tuple(self.names[index] for index in indices),
+            splits=tuple(self.splits[index] for index in indices),
+        )
+
+
+def read_collection(folder: str | Path, *, skip_bad_images: bool = False, workers: int = 1) -> Collection:
+    """All images below a folder, in sorted order; every file is decoded once.
+
+    In ``DIR/train/cat/1.jpg`` train is the split and cat the class, in ``DIR/cat/1.jpg`` cat is the class, and
+    ``DIR/1.jpg`` has neither. Files of other kinds are left out, and their number is warned of.
+
+    Args:
+        folder: see ``LAYOUT``.
+        skip_bad_images: leave images out that do not decode, with a warning; otherwise they are an error.
+        workers: threads that decode.
+
+    Raises:
+        UserError: no such folder, no image in it, or images that do not decode.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; expected {LAYOUT}")
+    paths, others = _files_below(root)
+    if others:
+        kinds = sorted({path.suffix.lower() or path.name for path in others})
+        warnings.warn(
+            f"{root}: {len(others)} files that are no images are left out ({', '.join(kinds[:5])})",
+            UserWarning,
+            stacklevel=2,
+        )
+    if not paths:
+        raise UserError(f"no images in {root} (of type {' '.join(sorted(IMAGE_SUFFIXES))}); expected {LAYOUT}")
+    names = [printable(path.relative_to(root).as_posix()) for path in paths]
+    found = [_split_and_class(name) for name in names]
+    classes = tuple(sorted({label for _, label in found if label is not None}))
+    position = {name: label for label, name in enumerate(classes)}
+    labels = np.array([-1 if label is None else position[label] for _, label in found], np.int64)
+    whole = ImageDataset(labels=labels, classes=classes, paths=tuple(paths))
+    good = without_unreadable(whole, skip=skip_bad_images, workers=workers)
+    if not len(good):
+        raise UserError(f"no image in {root} can be decoded")
+    place = {path: index for index, path in enumerate(paths)}
+    kept = [place[path] for path in good.paths or ()]
+    return Collection(
+        dataset=good,
+        names=tuple(names[index] for index in kept),
+        splits=tuple(found[index][0] for index in kept),
+        root=root,
+        source=str(root),
+    )
+
+
+def _files_below(root: Path) -> tuple[list[Path], list[Path]]:
+    """(images, other files), sorted; hidden files and folders are left out of both."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    images: list[Path] = []
+    others: list[Path] = []
+    for parent, folders, files in os.walk(root, onerror=unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                path = Path(parent, name)
+                (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return sorted(images), others
+
+
+def _split_and_class(name: str) -> tuple[str, str | None]:
+    """Of a relative path: the split, or an empty string, and the class, or None."""
+    folders = name.split("/")[:-1]
+    split = folders.pop(0) if folders and folders[0] in SPLITS else ""
+    return split, folders[0] if folders else None
+
+
+def trained_on(config: Mapping[str, Any]) -> Collection:
+    """The data set that a checkpoint's config names, all of its splits; nothing that was held out is told apart.
+
+    Args:
+        config: as a checkpoint holds it.
+
+    Raises:
+        UserError: the data are not where they were.
+    """
+    if "embedding_size" in config:
+        return _retrieval_images(config)
+    return _classification_images(config)
+
+
+def _classification_images(config: Mapping[str, Any]) -> Collection:
+    from idml.config import build_config
+    from idml.config_cls import ClsConfig
+    from idml.data.datasets import read_splits
+
+    known = {field.name for field in dataclasses.fields(ClsConfig)}
+    data = read_splits(build_config(ClsConfig, {name: value for name, value in config.items() if name in known}))
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))
+
+
+def _retrieval_images(config: Mapping[str, Any]) -> Collection:
+    from idml.config import build_config
+    from idml.config_dml import DmlConfig
+    from idml.data.retrieval_datasets import read_retrieval_data
+
+    known = {field.name for field in dataclasses.fields(DmlConfig)}
+    data = read_retrieval_data(build_config(DmlConfig, {name: config[name] for name in known if name in config}))
+    parts = {"train": data.train, "val": data.val, "test": data.test, "gallery": data.gallery}
+    return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))
+
+
+def _joined(parts: Mapping[str, ImageDataset], source: str) -> Collection:
+    """The splits of a data set as one, images named by split and number, or by path."""
+    classes = tuple(sorted({name for part in parts.values() for name in part.classes}))
+    first = next(iter(parts.values()))
+    if all(part.classes == first.classes for part in parts.values()):
+        classes = first.classes
+    position = {name: label for label, name in enumerate(classes)}
+    labels = [np.array([position[part.classes[label]] for label in part.labels], np.int64) for part in parts.values()]
+    in_memory = first.images is not None
+    paths = () if in_memory else tuple(path for part in parts.values() for path in part.paths or ())
+    root = None if in_memory else Path(os.path.commonpath([path.parent for path in paths]))
+    names: list[str] = []
+    for name, part in parts.items():
+        names += [f"{name}/{index}" for index in range(len(part))] if in_memory else []
+    dataset = ImageDataset(
+        labels=np.concatenate(labels),
+        classes=classes,
+        images=np.concatenate([part.images for part in parts.values() if part.images is not None])
+        if in_memory
+        else None,
+        paths=None if in_memory else paths,
+    )
+    return Collection(
+        dataset=dataset,
+        names=tuple(names) if root is None else tuple(printable(path.relative_to(root).as_posix()) for path in paths),
+        splits=tuple(name for name, part in parts.items() for _ in range(len(part))),
+        root=root,
+        source=source,
+    )
