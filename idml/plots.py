@@ -28,6 +28,11 @@ def as_picture(figure: Figure) -> Image.Image:
 
 
 def risk_coverage_plot(scores: Mapping[str, Tensor], right: Tensor) -> Image.Image:
+    """``risk_coverage_figure`` as a picture."""
+    return as_picture(risk_coverage_figure(scores, right))
+
+
+def risk_coverage_figure(scores: Mapping[str, Tensor], right: Tensor) -> Figure:
     """The share of errors among the images that are kept, as the most uncertain ones are refused.
 
     Args:
@@ -45,10 +50,15 @@ def risk_coverage_plot(scores: Mapping[str, Tensor], right: Tensor) -> Image.Ima
     axes.set(xlabel="coverage (% of the images kept)", ylabel="risk (% wrong among them)", xlim=(0, 100))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
-    return as_picture(figure)
+    return figure
 
 
 def reliability_plot(probabilities: Tensor, happened: Tensor, *, name: str, bins: int = ECE_BINS) -> Image.Image:
+    """``reliability_figure`` as a picture."""
+    return as_picture(reliability_figure(probabilities, happened, name=name, bins=bins))
+
+
+def reliability_figure(probabilities: Tensor, happened: Tensor, *, name: str, bins: int = ECE_BINS) -> Figure:
     """How often what has a probability happens: bins of equal width, the number of images in each below.
 
     Args:
@@ -73,4 +83,4 @@ def reliability_plot(probabilities: Tensor, happened: Tensor, *, name: str, bins
     axes.legend(fontsize=8)
     below.bar((np.arange(bins) + 0.5) / bins, counts.numpy(), 0.9 / bins, color="0.6")
     below.set(xlabel="probability of an error", ylabel="images", yscale="log")
-    return as_picture(figure)
+    return figure
