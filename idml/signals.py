@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
-from torch import distributed as dist
-
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 """128 + the signal's number, as shells report it; SIGUSR1, sent by clusters before a preemption, counts as SIGTERM."""
 
@@ -85,6 +83,8 @@ class StopSignals:
             return
         # Another rank heard of the signal where it could stop at once, and is gone from what this one waited for; or
         # Python made another error of it, as it does in the middle of a class being made by an import.
+        from torch import distributed as dist  # slow to import, and this module is needed by every command
+
         left_alone = isinstance(error, RuntimeError) and dist.is_initialized()
         if left_alone or any(isinstance(reason, Interrupted) for reason in reasons(error)):
             raise Interrupted(self.received, self.message) from None
