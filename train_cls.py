@@ -331,7 +331,7 @@ def uncertainty_loss(
     labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
     loss = foresight_loss(foresight.foreseen_loss, foresight.belief, logits, labels_a, labels_b, lam, answers)
     if foreseen is None or spoilt is None:
-        return loss
+        return loss + 0 * output.foresight.altered.sum()  # DDP forbids parameters that no loss reaches
     return loss + alteration_loss(foreseen[0].altered, spoilt.lam, spoilt.clean)
 
 

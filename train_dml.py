@@ -407,10 +407,10 @@ def uncertainty_loss(
     )
     logits = loss_of.class_logits(semantic)
     loss = foresight_loss(foreseen, model.belief_logits(belief), logits, labels_a, labels_b, lam, answers)
-    if spoilt is None:
-        return loss
     altered = outputs[-1].altered
     assert altered is not None
+    if spoilt is None:
+        return loss + 0 * altered.sum()  # DDP forbids parameters that no loss reaches
     return loss + alteration_loss(altered, spoilt.lam, spoilt.clean)
 
 

@@ -137,7 +137,7 @@ class IntrospectiveClassifier(nn.Module):
         self.depths = DepthReader(self.backbone, self.feature_dim)
         if uncertainty_loss == "loss-prediction":
             self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, num_classes)
-            # The exponent of an image as hard as most, where alpha is the feature's squared length, is then the usual one.
+            # The usual exponent, for an image as hard as most where alpha is the feature's squared length.
             self.uncertainty_head.gain.fill_(math.sqrt(INITIAL_EXPONENT * temperature))
             self.calibration = ErrorCalibration(len(EVIDENCE))
         elif ism != "off":
