@@ -60,7 +60,7 @@ from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
 from idml.evaluation import Evaluation, calibrate, evaluate, probe_uncertainty
-from idml.foresight import foresight_loss
+from idml.foresight import alteration_loss, foresight_loss
 from idml.heads import Foresight
 from idml.metrics.classification import classification_metrics, uncertainty_metrics
 from idml.models import ClassifierOutput, IntrospectiveClassifier
@@ -329,7 +329,10 @@ def uncertainty_loss(
         logits = torch.cat([logits, foreseen[1]])
         rows.append((spoilt.labels_a, spoilt.labels_b, spoilt.lam, spoilt.clean))
     labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
-    return foresight_loss(foresight.foreseen_loss, foresight.belief, logits, labels_a, labels_b, lam, answers)
+    loss = foresight_loss(foresight.foreseen_loss, foresight.belief, logits, labels_a, labels_b, lam, answers)
+    if foreseen is None or spoilt is None:
+        return loss + 0 * output.foresight.altered.sum()  # DDP forbids parameters that no loss reaches
+    return loss + alteration_loss(foreseen[0].altered, spoilt.lam, spoilt.clean)
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:

@@ -54,7 +54,7 @@ from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
-from idml.foresight import foresight_loss
+from idml.foresight import alteration_loss, foresight_loss
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
@@ -406,7 +406,12 @@ def uncertainty_loss(
         torch.cat([getattr(output, name) for output in outputs]) for name in ("foreseen_loss", "belief", "semantic")
     )
     logits = loss_of.class_logits(semantic)
-    return foresight_loss(foreseen, model.belief_logits(belief), logits, labels_a, labels_b, lam, answers)
+    loss = foresight_loss(foreseen, model.belief_logits(belief), logits, labels_a, labels_b, lam, answers)
+    altered = outputs[-1].altered
+    assert altered is not None
+    if spoilt is None:
+        return loss + 0 * altered.sum()  # DDP forbids parameters that no loss reaches
+    return loss + alteration_loss(altered, spoilt.lam, spoilt.clean)
 
 
 def crop_and_flip(images: Tensor, data: RetrievalData, generator: torch.Generator, global_size: int) -> Tensor:

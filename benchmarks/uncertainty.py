@@ -89,7 +89,7 @@ MORE_SEEDS = (
 )
 """The pairs that ``--more-seeds`` adds seeds to."""
 
-ON_DIGITS = ("baseline", "ism + foresight", "mixup", "idml-mixup + foresight")
+ON_DIGITS = ("baseline", "ism", "ism + foresight", "mixup", "idml-mixup", "idml-mixup + foresight")
 """Digits are for checking what Fashion-MNIST says: these methods."""
 
 Scores = dict[str, Tensor]
@@ -190,7 +190,8 @@ def measure_embedder(run: Path) -> dict[str, Any]:
         found = {"semantic": output.semantic, "-|feature|": -output.norm}
         found["random"] = torch.rand(len(images), generator=generator)
         if output.foreseen_loss is not None:
-            return found | {"foreseen loss": output.foreseen_loss, "belief": output.belief}
+            found |= {"foreseen loss": output.foreseen_loss, "altered": output.altered}
+            return found | {"belief": output.belief}
         return found | ({"|u|": uncertainty_score(output)} if config.ism != "off" else {})
 
     clean = score_all(embed, batches(data.test, preprocessing.image_size), None, 0)

@@ -32,8 +32,9 @@ class EmbedderOutput(NamedTuple):
         uncertainty: (B, E); all zero when ISM is off.
         norm: (B,) length of the semantic embedding before it was normalised.
         foreseen_loss: (B,) nats; belief: (B, K) of unit length, the head's own embedding; error_probability: (B,) in
-            [0, 1], that the nearest neighbour is of another class, from the image alone; all None without loss
-            prediction. Only the first two have a gradient, to the head alone.
+            [0, 1], that the nearest neighbour is of another class, from the image alone; altered: (B,) log-odds that
+            the image is not as clean training images are. All None without loss prediction. Error_probability has no
+            gradient, the others have one to the head alone.
     """
 
     semantic: Tensor
@@ -42,6 +43,7 @@ class EmbedderOutput(NamedTuple):
     foreseen_loss: Tensor | None = None
     belief: Tensor | None = None
     error_probability: Tensor | None = None
+    altered: Tensor | None = None
 
     def joint(self) -> Tensor:
         """(B, D + E): [semantic | uncertainty], as ``IntrospectiveDistance`` takes them."""
@@ -147,7 +149,7 @@ class IntrospectiveEmbedder(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             output = self._heads(features, vector)
         if self.training and isinstance(self.uncertainty_head, ForesightHead) and output.foreseen_loss is not None:
-            self.uncertainty_head.note_losses(output.foreseen_loss)
+            self.uncertainty_head.note_losses(moments_over_ranks(output.foreseen_loss[:, None])[0][0])
         return output
 
     def foresee(self, images: Tensor) -> EmbedderOutput:
@@ -184,7 +186,7 @@ class IntrospectiveEmbedder(nn.Module):
             usual = moments_over_ranks(foreseen[:, None])[0][0] if self.training else head.usual_loss
             uncertainty = foresight.uncertainty.detach() * head.gain * usual.rsqrt()
             belief = functional.normalize(foresight.belief, dim=1)
-            return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability)
+            return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability, foresight.altered)
         uncertainty = head(features)
         if self.ism == "released" and self.l2_norm:
             uncertainty = functional.normalize(uncertainty, dim=1)

@@ -77,6 +77,26 @@ def foresight_loss(
     return predicted + (own * answers).sum() / answers.sum().clamp_min(1)
 
 
+def alteration_loss(altered: Tensor, lam: Tensor, clean: Tensor) -> Tensor:
+    """What the head learns to notice altered images by: cross-entropy, clean and altered images weighing the same.
+
+    A mixed image is altered by as much as its smaller part weighs: twice that.
+
+    Args:
+        altered: (B,) log-odds, of images that the backbone has seen as in evaluation, clean ones among them: those that
+            it is trained on differ from all of them by batch norm.
+        lam: (B,) in [0, 1], 1 where nothing was mixed.
+        clean: (B,) bool.
+
+    Returns:
+        0-d, nats.
+    """
+    target = torch.where(clean, 0.0, torch.where(lam < 1, 2 * torch.minimum(lam, 1 - lam), 1.0))
+    losses = functional.binary_cross_entropy_with_logits(altered, target, reduction="none")
+    means = [(losses * chosen).sum() / chosen.sum().clamp_min(1) for chosen in (clean, ~clean)]
+    return (means[0] + means[1]) / 2
+
+
 def odds(probability: Tensor) -> Tensor:
     """log(p / (1 - p)), p kept 1e-6 away from 0 and 1."""
     return torch.logit(probability.float(), eps=1e-6)

@@ -20,7 +20,7 @@ INITIAL_EXPONENT = 0.05
 starts close to the plain model while the uncertainty head already receives gradient."""
 
 HIDDEN = 128
-"""Units of each of the two hidden layers that lead to foreseen loss and belief."""
+"""Units of each of the two hidden layers that lead to each of the three things that a foresight head says."""
 
 STATISTICS_MOMENTUM = 0.1
 """Share of the newest batch in the running mean and variance, as in torch's batch norm."""
@@ -69,10 +69,13 @@ class Foresight(NamedTuple):
     Attributes:
         uncertainty: (B, E) float32, > 0. Its squared length is the loss, in nats, that the head expects.
         belief: (B, K) float32: what the head itself takes the image for.
+        altered: (B,) float32, log-odds that the image is not as the clean training images are: mixed, cut, blurred,
+            noisy, cropped, or unlike them in another way.
     """
 
     uncertainty: Tensor
     belief: Tensor
+    altered: Tensor
 
     @property
     def foreseen_loss(self) -> Tensor:
@@ -81,11 +84,13 @@ class Foresight(NamedTuple):
 
 
 class ForesightHead(nn.Module):
-    """An uncertainty head that foresees the loss of an image, and takes a second look at what the image shows.
+    """An uncertainty head that foresees the loss of an image, takes a second look at what it shows, and notices that
+    it is not as training images are.
 
-    Both come from what the backbone shows at several depths, without gradient to it. The second look is what tells
-    errors from right answers: a classifier's last layer knows nothing of its errors that its own probabilities do not
-    say already, while a second one that sees other features errs on other images.
+    All of it comes from what the backbone shows at several depths, without gradient to it. The second look is what
+    tells errors from right answers: a classifier's last layer knows nothing of its errors that its own probabilities do
+    not say already, while a second one that sees other features errs on other images. The loss is no measure of how an
+    image was altered: a clean image may be harder than a blurred one. Hence the third.
 
     Inputs are standardised by their running figures and scaled as if there were ``reference`` of them, so that one
     learning rate serves every backbone.
@@ -115,7 +120,9 @@ class ForesightHead(nn.Module):
         self.register_buffer("mean", torch.zeros(input_dim))
         self.register_buffer("variance", torch.ones(input_dim))
         self.register_buffer("batches", torch.tensor(0))
-        self.foresee, self.believe = (self._layers(input_dim, dim) for dim in (uncertainty_dim, belief_dim))
+        self.foresee, self.believe, self.notice = (
+            self._layers(input_dim, dim) for dim in (uncertainty_dim, belief_dim, 1)
+        )
         # One nat to begin with, whatever E: E softplus(bias)^2 = 1.
         last = self.foresee[-1]
         assert isinstance(last, nn.Linear)
@@ -131,12 +138,13 @@ class ForesightHead(nn.Module):
         """(B, F) float32, without gradient, -> Foresight."""
         standardised = (vector - self.mean) * (self.variance + VARIANCE_FLOOR).rsqrt()
         standardised = standardised.clamp(-LARGEST_INPUT, LARGEST_INPUT) * self.scale
-        return Foresight(functional.softplus(self.foresee(standardised)), self.believe(standardised))
+        uncertainty = functional.softplus(self.foresee(standardised))
+        return Foresight(uncertainty, self.believe(standardised), self.notice(standardised)[:, 0])
 
     @torch.no_grad()
-    def note_losses(self, foreseen: Tensor) -> None:
-        """Let the running mean of foreseen losses take in those of a batch, (B,); of all ranks' images alike."""
-        self.usual_loss.lerp_(moments_over_ranks(foreseen[:, None])[0][0], STATISTICS_MOMENTUM)
+    def note_losses(self, mean: Tensor) -> None:
+        """Let the running mean of foreseen losses take in that of a batch, 0-d, of all ranks' images."""
+        self.usual_loss.lerp_(mean, STATISTICS_MOMENTUM)
 
     @torch.no_grad()
     def note(self, vector: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from idml.backbones import create_backbone, infer_feature_dim
 from idml.depths import DepthReader
+from idml.distributed import moments_over_ranks
 from idml.foresight import EVIDENCE, ErrorCalibration, classifier_evidence
 from idml.heads import INITIAL_EXPONENT, Foresight, ForesightHead
 from idml.runtime import evaluation_mode
@@ -136,6 +137,8 @@ class IntrospectiveClassifier(nn.Module):
         self.depths = DepthReader(self.backbone, self.feature_dim)
         if uncertainty_loss == "loss-prediction":
             self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, num_classes)
+            # The usual exponent, for an image as hard as most where alpha is the feature's squared length.
+            self.uncertainty_head.gain.fill_(math.sqrt(INITIAL_EXPONENT * temperature))
             self.calibration = ErrorCalibration(len(EVIDENCE))
         elif ism != "off":
             self.uncertainty_head = nn.Linear(self.feature_dim, uncertainty_dim)
@@ -179,10 +182,15 @@ class IntrospectiveClassifier(nn.Module):
                 if self.training:
                     head.note(vector)
                 foresight = head(vector)
-                # In units of the feature's length, as alpha is: tau then means the same for every backbone, and the
-                # exponent is about the foreseen loss over tau. The head learns from what it foresees, not from here.
+                # In units of the feature's length, as alpha is: tau then means the same for every backbone. Relative to
+                # what is usual: foreseen losses change by an order of magnitude in training, and are large where it
+                # mixes; comparisons must not all be weakened by that. The head learns from what it foresees, not here.
                 length = features.detach().norm(dim=1, keepdim=True)
-                uncertainty = foresight.uncertainty.detach() * length
+                foreseen = foresight.foreseen_loss.detach()
+                usual = moments_over_ranks(foreseen[:, None])[0][0] if self.training else head.usual_loss
+                if self.training:
+                    head.note_losses(usual)
+                uncertainty = foresight.uncertainty.detach() * length * head.gain * usual.rsqrt()
             else:
                 uncertainty = functional.relu(functional.linear(features, head.weight.float(), head.bias.float()))
             sq_distances = class_sq_distances(

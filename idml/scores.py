@@ -14,8 +14,8 @@ FREE_SCORES = ("1 - max softmax", "entropy", "margin", "-|feature|", "random")
 
 ISM_SCORES = ("|u|", "beta/alpha", "confidence drop", "introspective entropy")
 
-FORESIGHT_SCORES = ("P(wrong)", "belief", "foreseen loss")
-"""With loss prediction: the calibrated probability of an error, and the two things that the head itself says."""
+FORESIGHT_SCORES = ("P(wrong)", "belief", "foreseen loss", "altered")
+"""With loss prediction: the calibrated probability of an error, and the three things that the head itself says."""
 
 
 @torch.no_grad()
@@ -43,6 +43,7 @@ def classifier_scores(
         - ``P(wrong)``: ``uncertainty_score``.
         - ``belief``: what the head gives to other classes than the predicted one, as log-odds.
         - ``foreseen loss``: what the head expects, in nats.
+        - ``altered``: log-odds that the image is not as clean training images are.
     """
     plain = output.logits.float().softmax(1)
     largest = plain.topk(2, dim=1)
@@ -71,4 +72,5 @@ def classifier_scores(
         scores["P(wrong)"] = uncertainty_score(output)
         scores["belief"] = output.evidence[:, EVIDENCE.index("belief")]
         scores["foreseen loss"] = output.foresight.foreseen_loss
+        scores["altered"] = output.foresight.altered
     return {name: score.float().cpu() for name, score in scores.items()}

@@ -22,6 +22,7 @@ from idml.foresight import (
     EVIDENCE,
     SEARCH_EVIDENCE,
     ErrorCalibration,
+    alteration_loss,
     classifier_evidence,
     foresight_loss,
     prediction_loss,
@@ -104,6 +105,34 @@ def test_an_input_out_of_all_proportion_is_cut_off() -> None:
     torch.testing.assert_close(usual.uncertainty, wild.uncertainty)
 
 
+def test_alteration_loss_by_hand() -> None:
+    """Clean images weigh as much as all others, and a mixed one counts by its smaller part."""
+    altered = torch.tensor([0.0, 0.0, 2.0, -1.0])
+    lam, clean = torch.tensor([1.0, 1.0, 1.0, 0.75]), torch.tensor([True, True, False, False])
+
+    def cross_entropy(odds: float, target: float) -> float:
+        chance = 1 / (1 + math.exp(-odds))
+        return -target * math.log(chance) - (1 - target) * math.log(1 - chance)
+
+    expected = (math.log(2) + (cross_entropy(2, 1) + cross_entropy(-1, 0.5)) / 2) / 2
+    assert alteration_loss(altered, lam, clean).item() == pytest.approx(expected, rel=1e-6)
+    only = alteration_loss(altered[:2], lam[:2], clean[:2])
+    assert only.item() == pytest.approx(math.log(2) / 2), "no altered image, nothing to divide by"
+
+
+def test_in_training_the_ism_is_relative_to_the_batch() -> None:
+    """However large the foreseen losses are: on average, over |h|^2, the exponent is the usual one."""
+    model = classifier().train()
+    with torch.no_grad():
+        last = model.uncertainty_head.foresee[-1]
+        last.bias += 3
+    output = model(random(16, 3, 32, 32))
+    assert output.foresight is not None and output.foresight.foreseen_loss.mean() > 10
+    ratio = output.uncertainty.square().sum(1) / output.semantic.square().sum(1)
+    assert ratio.mean().item() == pytest.approx(0.05 * model.temperature, rel=1e-4)
+    assert model.uncertainty_head.usual_loss > 1.9, "it takes the batch's mean in"
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -117,9 +146,9 @@ def test_introspective_logits_are_the_formula_with_the_foreseen_loss_as_beta() -
     model = classifier(temperature=2.0).eval()
     output = model(random(3, 3, 32, 32))
     assert output.foresight is not None
-    # beta over |h|^2 is the loss in nats.
+    # beta over |h|^2 is the loss relative to what is usual (one nat here, before training), times 0.05 tau.
     ratio = output.uncertainty.square().sum(1) / output.semantic.square().sum(1)
-    torch.testing.assert_close(ratio, output.foresight.foreseen_loss)
+    torch.testing.assert_close(ratio, 0.05 * 2.0 * output.foresight.foreseen_loss)
     case = {
         "features": output.semantic,
         "weight": model.classifier.weight,
@@ -144,6 +173,7 @@ def test_the_head_never_reaches_the_backbone_and_the_ism_never_reaches_the_head(
     loss = foresight_loss(
         foresight.foreseen_loss, foresight.belief, output.logits, labels, labels, one, torch.ones(8).bool()
     )
+    loss = loss + alteration_loss(foresight.altered, one, labels > 2)
     loss.backward()
     found = gradients(model)
     assert all(reached == name.startswith("uncertainty_head.") for name, reached in found.items()), found
@@ -163,7 +193,7 @@ def test_spoilt_images_leave_no_trace_in_the_backbone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert not logits.requires_grad
-    (foresight.foreseen_loss.sum() + foresight.belief.sum()).backward()
+    (foresight.foreseen_loss.sum() + foresight.belief.sum() + foresight.altered.sum()).backward()
     assert all(p.grad is None for p in model.backbone.parameters())
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images).logits, logits)
@@ -238,7 +268,7 @@ def test_foresight_loss_by_hand() -> None:
 
 def test_evidence_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0]])
-    foresight = Foresight(torch.tensor([[0.6, 0.8]]), torch.tensor([[0.0, 1.0, 0.0]]))
+    foresight = Foresight(torch.tensor([[0.6, 0.8]]), torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0.0]))
     found = dict(zip(EVIDENCE, classifier_evidence(logits, foresight)[0].tolist(), strict=True))
     # The head gives class 0, which the classifier predicts, 1 / (2 + e); the log-odds of the rest is log(1 + e).
     expected = {"belief": math.log(1 + math.e), "foreseen loss": 0, "confidence": math.log(2 / math.exp(2))}
