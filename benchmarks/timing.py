@@ -155,10 +155,9 @@ def print_comparison(title: str, rows: Mapping[str, Mapping[str, Any]], *, to: s
     print(f"\n{title}\n\n| | ms | / {to} | 95 % | quartiles | CPU / {to} | n |\n|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         cpu = "-" if row["cpu_ratio"] is None else f"{row['cpu_ratio']:.3f}"
-        bounds = [f"{low:.3f} to {high:.3f}" for low, high in (row["interval"], row["spread"])]
-        print(
-            f"| {name} | {1000 * row['seconds']:.2f} | {row['ratio']:.3f} | {' | '.join(bounds)} | {cpu} | {row['n']} |"
-        )
+        low, high, first, third = (f"{bound:.3f}" for bound in (*row["interval"], *row["spread"]))
+        times = f"{1000 * row['seconds']:.2f} | {row['ratio']:.3f}"
+        print(f"| {name} | {times} | {low} to {high} | {first} to {third} | {cpu} | {row['n']} |")
     sys.stdout.flush()
 
 
