@@ -96,13 +96,13 @@ Scores = dict[str, Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def subset_of_fashion_mnist(folder: Path) -> None:
-    """The first 20,000 training images and all test images, as IDX files that the data set's own reader takes."""
+def subset_of_fashion_mnist(folder: Path, count: int = TRAINING_IMAGES) -> None:
+    """The first training images and all test images, as IDX files that the data set's own reader takes."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "t10k"):
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
             values = read_idx(FASHION_MNIST / f"{part}-{kind}.gz")
-            values = values[:TRAINING_IMAGES] if part == "train" else values
+            values = values[:count] if part == "train" else values
             head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
             (folder / f"{part}-{kind}").write_bytes(head + values.tobytes())
 
