@@ -193,7 +193,7 @@ def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     # Broadcasting would take one value for three channels, and make three channels of one.
     if len(values) != images.shape[1]:
         raise ValueError(f"expected a value for each of {images.shape[1]} channels, got {len(values)}")
-    return torch.tensor(values, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True).view(1, -1, 1, 1)
 
 
 def _check_rgb(images: Tensor, batch_size: int) -> None:

@@ -185,7 +185,7 @@ def apply_cutmix(images: Tensor, labels: Tensor, params: CutmixParams | None) ->
 
 
 def _lam_tensor(lam: float, images: Tensor) -> Tensor:
-    return torch.tensor(lam, dtype=torch.float32, device=images.device)
+    return torch.full((), lam, dtype=torch.float32, device=images.device)  # a copy from the CPU would make a GPU wait
 
 
 def _permutation_for(images: Tensor, permutation: Tensor) -> Tensor:

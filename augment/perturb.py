@@ -122,7 +122,7 @@ def spoilt_images(
         least: number of images that there must be; at most B.
     """
     count = max(round(share * len(images)), least)
-    chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
+    chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device, non_blocking=True)
     images, labels = images[chosen], labels[chosen]
     images = images if images.dtype == torch.uint8 else _to_bytes(images)
     draw = sample_perturbations(labels, kinds=kinds, clean=clean, generator=generator)
@@ -148,27 +148,28 @@ def apply_perturbations(images: Tensor, labels: Tensor, params: PerturbParams) -
             f"expected {len(params.kind)} images (B, C, H, W) of uint8, got {tuple(images.shape)} of {images.dtype}"
         )
     labels = labels.to(images.device)
-    partner = params.partner.to(images.device)
+    partner = params.partner.to(images.device, non_blocking=True)
     result, lam = images.clone(), torch.ones(len(images))
     for number, kind in enumerate(params.kinds):
         chosen = (params.kind == number).nonzero()[:, 0]
         if kind == "clean" or not len(chosen):
             continue
-        own, strength, place = images[chosen.to(images.device)], params.strength[chosen], params.place[chosen]
+        rows = chosen.to(images.device, non_blocking=True)
+        own, strength, place = images[rows], params.strength[chosen], params.place[chosen]
         if kind == "mixup":
             lam[chosen] = 1 - strength
-            changed = _mixed(own, images[partner[chosen.to(images.device)]], strength)
+            changed = _mixed(own, images[partner[rows]], strength)
         elif kind == "cutmix":
-            changed, lam[chosen] = _cut(own, images[partner[chosen.to(images.device)]], strength, place)
+            changed, lam[chosen] = _cut(own, images[partner[rows]], strength, place)
         elif kind == "blur":
             changed = _blurred(own, _within(BLUR_SIGMA, strength[0]).item())
         elif kind == "noise":
             changed = _noisy(own, _within(NOISE_STD, strength), params.noise_seed)
         else:
             changed = _cropped(own, _within(CROP_SIDE, 1 - strength), place)
-        result[chosen.to(images.device)] = changed
-    lam = lam.to(images.device)
-    clean = (params.kind == 0).to(images.device)
+        result[rows] = changed
+    lam = lam.to(images.device, non_blocking=True)
+    clean = (params.kind == 0).to(images.device, non_blocking=True)
     return PerturbedBatch(result, labels, torch.where(lam < 1, labels[partner], labels), lam, clean)
 
 
@@ -177,7 +178,7 @@ def _within(limits: tuple[float, float], share: Tensor) -> Tensor:
 
 
 def _column(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device).view(-1, 1, 1, 1)
+    return values.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _to_bytes(images: Tensor) -> Tensor:
@@ -195,10 +196,11 @@ def _cut(images: Tensor, others: Tensor, share: Tensor, place: Tensor) -> tuple[
     box = (size * share[:, None].sqrt()).round().long()  # (b, 2)
     first = (place * (size + 1 - box)).long()
     last = first + box
-    rows, columns = torch.arange(height), torch.arange(width)
-    inside = (rows >= first[:, :1]) & (rows < last[:, :1])
-    across = (columns >= first[:, 1:]) & (columns < last[:, 1:])
-    mask = (inside[:, :, None] & across[:, None, :])[:, None].to(images.device)
+    start, stop = (corner.to(images.device, non_blocking=True) for corner in (first, last))
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    inside = (rows >= start[:, :1]) & (rows < stop[:, :1])
+    across = (columns >= start[:, 1:]) & (columns < stop[:, 1:])
+    mask = (inside[:, :, None] & across[:, None, :])[:, None]
     return torch.where(mask, others, images), 1 - box.prod(1) / (height * width)
 
 
@@ -206,11 +208,17 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
     sigma = sigma * min(images.shape[2:])
     # The kernel's half must be smaller than the image, whose border it mirrors.
     half = min(max(round(3 * sigma), 1), min(images.shape[2:]) - 1)
-    return gaussian_blur(images, [2 * half + 1] * 2, [sigma, sigma]) if half else images
+    if not half:
+        return images
+    # Along one side and then along the other: the same blur, at 2 instead of 2 * half + 1 products a pixel and weight.
+    for kernel in ([2 * half + 1, 1], [1, 2 * half + 1]):
+        images = gaussian_blur(images.float(), kernel, [sigma, sigma])
+    return _to_bytes(images)
 
 
 def _noisy(images: Tensor, std: Tensor, seed: int) -> Tensor:
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    noise = noise.to(images.device, non_blocking=True)
     return _to_bytes(images + 255 * _column(std, images) * noise)
 
 
@@ -220,5 +228,5 @@ def _cropped(images: Tensor, side: Tensor, place: Tensor) -> Tensor:
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = side
     theta[:, 0, 2], theta[:, 1, 2] = middle[:, 1], middle[:, 0]
-    grid = functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    grid = functional.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
     return _to_bytes(functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False))

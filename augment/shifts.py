@@ -63,14 +63,15 @@ def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
         generator: a CPU generator.
 
     Returns:
-        (B,) int64 on the CPU.
+        (B,) int64 on the labels' device, of which nothing is read: that would make a GPU wait.
     """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    shuffled = torch.randperm(len(labels), generator=generator).to(labels.device, non_blocking=True)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
     # Moved on by the largest class's size, no class meets itself unless it has more than half of the images.
-    largest = int(labels.cpu().unique(return_counts=True)[1].max())
+    largest = (labels[:, None] == labels).sum(1).max()
+    place = torch.arange(len(labels), device=labels.device)
     found = torch.empty_like(by_class)
-    found[by_class] = by_class.roll(-largest)
+    found[by_class] = by_class[(place + largest) % len(labels)]
     return found
 
 
