@@ -85,6 +85,29 @@ def uncertainty_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
     return output.uncertainty.float().norm(dim=1)
 
 
+def alteration_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
+    """How likely an image is not as clean training images are: mixed, cut, blurred, noisy, cropped.
+
+    Learned from images that were altered in training (``--uncertainty-shifts``); not calibrated.
+
+    Args:
+        output: of a model with loss prediction, for B images.
+
+    Returns:
+        (B,) float32 in [0, 1].
+
+    Raises:
+        ValueError: the model was made without loss prediction.
+    """
+    if isinstance(output, ClassifierOutput):
+        altered = None if output.foresight is None else output.foresight.altered
+    else:
+        altered = output.altered
+    if altered is None:
+        raise ValueError("only a model with uncertainty_loss 'loss-prediction' notices altered images")
+    return altered.detach().sigmoid()
+
+
 class IntrospectiveClassifier(nn.Module):
     """A classifier that also says how ambiguous an image is, and learns from ISM-weighted logits.
 

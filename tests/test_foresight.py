@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
 
-from idml import IntrospectiveClassifier, IntrospectiveEmbedder, uncertainty_score
+from idml import IntrospectiveClassifier, IntrospectiveEmbedder, alteration_score, uncertainty_score
 from idml.backbones import create_backbone
 from idml.depths import DepthReader
 from idml.foresight import (
@@ -29,6 +29,7 @@ from idml.foresight import (
     search_evidence,
 )
 from idml.heads import Foresight, ForesightHead
+from idml.metrics import auroc
 from tests.test_models import small_backbone
 from tests.test_similarity import oracle_classifier
 
@@ -131,6 +132,27 @@ def test_in_training_the_ism_is_relative_to_the_batch() -> None:
     ratio = output.uncertainty.square().sum(1) / output.semantic.square().sum(1)
     assert ratio.mean().item() == pytest.approx(0.05 * model.temperature, rel=1e-4)
     assert model.uncertainty_head.usual_loss > 1.9, "it takes the batch's mean in"
+
+
+def test_alteration_score_learns_to_tell_altered_images() -> None:
+    """Digits and noisy digits, features of an untrained backbone: the head alone is trained."""
+    images = torch.from_numpy(load_digits().images[:400]).float()[:, None].expand(-1, 3, -1, -1) / 8 - 1
+    noisy = images + 0.7 * random(*images.shape)
+    both, clean = torch.cat([images, noisy]), torch.arange(800) < 400
+    model = classifier().train()
+    optimizer = torch.optim.AdamW(model.uncertainty_head.parameters(), lr=2e-3)
+    for step in range(25):
+        chosen = torch.randint(600, (64,), generator=torch.Generator().manual_seed(step)) + 100
+        foresight, _ = model.foresee(both[chosen])
+        optimizer.zero_grad()
+        alteration_loss(foresight.altered, torch.ones(64), clean[chosen]).backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        scores = alteration_score(model(both[torch.cat([torch.arange(100), torch.arange(700, 800)])]))
+    assert auroc(scores[100:], scores[:100]) > 0.9
+    with pytest.raises(ValueError, match="loss-prediction"):
+        alteration_score(IntrospectiveClassifier("resnet8_cifar", 5).eval()(both[:1]))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
