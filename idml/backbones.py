@@ -32,6 +32,23 @@ def create_backbone(
         UserError: timm has no such model (the nearest names are told), no weights for it or no way to get them, or the
             model does not take the arguments.
     """
+    name, passed_on = timm_arguments(name, image_size, arguments)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **passed_on)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        # timm tells a wrong argument by a TypeError, weights it cannot have by one of the others.
+        source = f" with arguments {dict(arguments)}" if arguments else " with timm's weights" if pretrained else ""
+        raise UserError(f"model {name}{source} cannot be made: {error}") from None
+
+
+def timm_arguments(
+    name: str, image_size: int | None, arguments: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) for ``timm.create_model``, ``num_classes`` aside; as for ``create_backbone``.
+
+    Raises:
+        UserError: timm has no such model (the nearest names are told).
+    """
     name = ALIASES.get(name, name)
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -41,12 +58,7 @@ def create_backbone(
     default_cfg = timm.get_pretrained_cfg(architecture)
     fixed = image_size is not None and default_cfg is not None and default_cfg.fixed_input_size
     sizes: dict[str, Any] = {"img_size": image_size} if fixed else {}
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **(sizes | dict(arguments or {})))
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        # timm tells a wrong argument by a TypeError, weights it cannot have by one of the others.
-        source = f" with arguments {dict(arguments)}" if arguments else " with timm's weights" if pretrained else ""
-        raise UserError(f"model {name}{source} cannot be made: {error}") from None
+    return name, sizes | dict(arguments or {})
 
 
 def infer_feature_dim(backbone: nn.Module) -> int:

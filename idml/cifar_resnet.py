@@ -13,8 +13,8 @@ resolution, then global average pooling.
   have it, not in the first 1x1 one. ResNet-164 has 1.7 M parameters. He et al. 2016b
   warm up with learning rate 0.01 for 400 steps before they go to 0.1; without, the loss leaps at the start.
 
-``timm.create_model("resnet20_cifar", num_classes=10)`` works once ``idml`` has been imported, and so does any other
-depth: ``timm.create_model("resnet_cifar", depth=38, bottleneck=True)``.
+``timm.create_model("resnet20_cifar", num_classes=10)`` works once ``idml.backbones`` has been imported, and so
+does any other depth: ``timm.create_model("resnet_cifar", depth=38, bottleneck=True)``.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class IntrospectiveEmbedder(nn.Module):
         semantic = functional.normalize(semantic, dim=1) if self.l2_norm else semantic
         head = self.uncertainty_head
         if head is None:
-            return EmbedderOutput(semantic, features.new_zeros(len(features), self.uncertainty_dim), norm)
+            return EmbedderOutput(semantic, features.new_zeros(features.shape[0], self.uncertainty_dim), norm)
         if isinstance(head, ForesightHead):
             if self.training:
                 head.note(vector)

@@ -198,7 +198,7 @@ class IntrospectiveClassifier(nn.Module):
             logits = functional.linear(features, weight, bias)
             head = self.uncertainty_head
             if head is None:
-                uncertainty = features.new_zeros(len(features), self.uncertainty_dim)
+                uncertainty = features.new_zeros(features.shape[0], self.uncertainty_dim)
                 return ClassifierOutput(logits, logits, features, uncertainty)
             foresight = None
             if isinstance(head, ForesightHead):

@@ -31,8 +31,8 @@ Images: TypeAlias = "Image.Image | np.ndarray | Tensor | Sequence[Image.Image | 
 """One image or many. Arrays are (H, W), (H, W, 1 or 3) or (N, H, W, 1 or 3); tensors (1 or 3, H, W) or (N, 1 or 3, H,
 W). Integers are 0 to 255, floating numbers 0 to 1."""
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-"""Files of an exported model."""
+CONFIG, WEIGHTS, HEADS = "config.json", "model.safetensors", "idml.safetensors"
+"""Files of an exported model; the last only where the weights are in timm's layout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +247,7 @@ def load(source: str | Path, *, device: str = "auto") -> TrainedModel:
 
     Args:
         source: a run directory (its ``checkpoints/last.pt``, whose figures the run reports), a checkpoint file, or a
-            folder that ``python -m idml export --format safetensors`` wrote.
+            folder that ``python -m idml export`` wrote with ``--format safetensors`` or ``timm``.
         device: auto (cuda, then mps, then cpu), cpu, cuda or mps.
 
     Raises:
@@ -283,7 +283,13 @@ def _load_exported(folder: Path, device: str) -> TrainedModel:
         raise UserError(f"{folder / CONFIG} does not describe a model of this project: it has no object idml")
     spec = ModelSpec.from_json(described["idml"], str(folder / CONFIG))
     network = spec.build()
-    load_state(network, load_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    if "timm_classifiers" in described["idml"]:
+        from idml.timm_folder import read_timm_folder  # it needs this module
+
+        state = read_timm_folder(folder, described["idml"])
+    else:
+        state = load_tensors(folder / WEIGHTS)
+    load_state(network, state, str(folder / WEIGHTS))
     return TrainedModel(network, spec, device=choose_device(device), source=folder)
 
 
