@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def find(
     model: TrainedModel,
     *,
     k: int,
-    introspective: bool,
+    introspective: Mapping[str, float] | None,
     **wide: Any,
 ) -> Found:
     """The k nearest images of each query, itself left out where it is in the index.
@@ -172,19 +172,19 @@ def find(
         index: of the table's embeddings.
         model: that both are of.
         k: 1 to the number of images that each query can choose from.
-        introspective: order by the introspective similarity.
+        introspective: order by the introspective similarity, with these settings of it; None: by the cosine.
         wide: see ``EmbeddingIndex.search``.
     """
     available = len(table) - int((queries.positions >= 0).any())
     calibrated = isinstance(model.network, IntrospectiveEmbedder) and "belief" in table.numbers
-    count = max(RERANKED, RERANKED_PER_K * k) if introspective else max(k, 2 if calibrated else 1)
+    count = max(k, 2 if calibrated else 1) if introspective is None else max(RERANKED, RERANKED_PER_K * k)
     found = index.search(embedded.semantic, min(count, available), left_out=queries.positions, **wide)
     other_class = None
     if calibrated:
         other_class = _other_class(embedded, table, model, found.indices[:, 0], found.similarities[:, :2])
     indices, similarities, apart = found.indices, found.similarities, None
-    if introspective:
-        apart = introspective_dissimilarities(embedded, table, indices)
+    if introspective is not None:
+        apart = introspective_dissimilarities(embedded, table, indices, **introspective)
         order = np.argsort(apart, axis=1, kind="stable")
         indices, similarities, apart = (np.take_along_axis(each, order, 1) for each in (indices, similarities, apart))
     return Found(
@@ -198,26 +198,43 @@ def find(
     )
 
 
-def introspective_dissimilarities(embedded: Embeddings, table: EmbeddingTable, candidates: np.ndarray) -> np.ndarray:
+def ism_settings(table: EmbeddingTable, path: Path) -> dict[str, float]:
+    """Temperature and offset of the model's ISM.
+
+    Raises:
+        UserError: the model has none, so that nothing can be ordered by it.
+    """
+    from idml.distance import OFFSETS  # slow to import: only where used
+
+    about = table.about
+    if about["ism"] == "off" or "uncertainty_embedding" not in table.numbers:
+        raise UserError(
+            f"--introspective: the images in {path} have no uncertainty embedding, since their model was trained with "
+            "ISM off; take a model with ISM, or search without"
+        )
+    offset = OFFSETS[about["ism"]] if about["task"] == "retrieval" else 0.0
+    return {"temperature": about["temperature"], "offset": offset}
+
+
+def introspective_dissimilarities(
+    embedded: Embeddings, table: EmbeddingTable, candidates: np.ndarray, *, temperature: float, offset: float
+) -> np.ndarray:
     """log(1 - sim') of queries and images, sim' being the cosine weakened by the uncertainty of both.
 
     The logarithm, because sim' itself rounds to 1 for near images that the model is unsure of. alpha is the squared
     distance of the semantic embeddings, as long as they are in training: of unit length in retrieval, and as they come
-    from the backbone in classification. beta is ``|u_x + u_y|^2``, plus 4 for a retrieval model of the released
-    variant.
+    from the backbone in classification. beta is ``|u_x + u_y|^2`` and the offset.
 
     Args:
         embedded: Q queries.
         table: of the N images.
         candidates: (Q, m) int64, the images that each query is compared with.
+        temperature, offset: see ``ism_settings``.
 
     Returns:
         (Q, m) float64.
     """
-    from idml.distance import OFFSETS  # slow to import: only where used
-
     about, unit = table.about, table.about["task"] == "retrieval"
-    settings = {"temperature": about["temperature"], "offset": OFFSETS[about["ism"]] if unit else 0.0}
     width = max(about["dimensions"]["semantic"], about["dimensions"]["uncertainty"])
     height = max(1, CHUNK_BYTES // (8 * 4 * width * candidates.shape[1]))
     found = np.empty(candidates.shape)
@@ -231,7 +248,7 @@ def introspective_dissimilarities(embedded: Embeddings, table: EmbeddingTable, c
         doubt = torch.from_numpy(embedded.uncertainty_embedding[rows])[:, None] + _rows(
             table, "uncertainty_embedding", chosen
         )
-        exponent = introspective_exponent(alpha, doubt.double().square().sum(2), **settings)
+        exponent = introspective_exponent(alpha, doubt.double().square().sum(2), temperature=temperature, offset=offset)
         # 1 - cos is half the squared distance of unit vectors, without the cancellation.
         found[rows] = ((sq_apart / 2).clamp_min(LEAST).log() - exponent).numpy()
     return found

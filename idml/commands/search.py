@@ -21,7 +21,7 @@ from idml.errors import UserError
 from idml.index import EmbeddingIndex, IndexType
 from idml.pictures import save_png
 from idml.runtime import seed_everything
-from idml.search import Found, Queries, check_model, embed_queries, find, read_queries
+from idml.search import Found, Queries, check_model, embed_queries, find, ism_settings, read_queries
 from idml.trained import TrainedModel, load
 
 PRINTED = 20
@@ -68,11 +68,7 @@ def search(arguments: Sequence[str]) -> None:
     table = read_table(path, wanted=[*wanted, "belief", "foreseen_loss"])
     if config.k > len(table):
         raise UserError(f"-k: expected at most {len(table)}, the number of images in {path}, got {config.k}")
-    if config.introspective and "uncertainty_embedding" not in table.numbers:
-        raise UserError(
-            f"--introspective: the images in {path} have no uncertainty embedding, since its model was trained with "
-            "ISM off; take a model with ISM, or search without"
-        )
+    introspective = ism_settings(table, path) if config.introspective else None
     root = _root(config, table)
     queries = read_queries(given, table, root, skip_bad_images=config.skip_bad_images, workers=config.workers)
     _check_k(config, queries, table)
@@ -85,7 +81,7 @@ def search(arguments: Sequence[str]) -> None:
     )
     started = time.perf_counter()
     wide = {"ef_search": config.ef_search, "nprobe": config.nprobe}
-    found = find(queries, embedded, table, index, model, k=config.k, introspective=config.introspective, **wide)
+    found = find(queries, embedded, table, index, model, k=config.k, introspective=introspective, **wide)
     seconds = time.perf_counter() - started
     _print(config, found)
     _say_more(found, model)
