@@ -55,7 +55,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # Torch goes on to advise what would run the file's code.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" In PyTorch")[0]
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dictionary of tensors, got a {type(content).__name__}")

@@ -21,7 +21,7 @@ from idml._version import __version__
 from idml.embedder import EmbedderOutput
 from idml.errors import UserError
 from idml.models import ClassifierOutput, uncertainty_score
-from idml.trained import TrainedModel
+from idml.trained import CONFIG, TrainedModel
 
 InputType = Literal["uint8", "float32"]
 """Of the images that a graph takes: 0 to 255, or 0 to 1. Either is normalised inside the graph."""
@@ -214,20 +214,27 @@ def score_meaning(model: TrainedModel) -> str:
     }[model.score_name]
 
 
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """UserError where there is something that may not be replaced: a folder, only if it is an exported model."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give another --out, or --overwrite to replace it")
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise UserError(f"{path} is a folder, but no exported model: it is not replaced; give another --out")
+
+
 @contextlib.contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A place beside ``out`` to write a file or a folder to; it becomes ``out`` if nothing goes wrong, else it is gone.
 
     Raises:
-        UserError: there is something at ``out`` already, or it cannot be written.
+        UserError: it cannot be written.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already: give another --out, or remove it")
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # of an export that was killed
         yield temporary
+        _remove(out)
         temporary.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None

@@ -26,6 +26,7 @@ from idml.exporting import (
     InputType,
     Runner,
     check,
+    check_free,
     describe,
     example_images,
     output_names,
@@ -51,7 +52,7 @@ class ExportConfig:
 
     checkpoint: str | None = option(None, "run directory, checkpoint file, or folder that export wrote")
     format: Format | None = option(None, "onnx, torchscript (one file), safetensors or timm (a folder)")
-    out: str | None = option(None, "file or folder to write; there must be nothing yet")
+    out: str | None = option(None, "file or folder to write", "-o")
     input_type: InputType = option(
         "uint8", "of the images that onnx and torchscript take: uint8 from 0 to 255, or float32 from 0 to 1"
     )
@@ -59,6 +60,7 @@ class ExportConfig:
     data_dir: str | None = option(
         None, "folder of images that the export is compared with the model on; default: 16 inside the package"
     )
+    overwrite: bool = option(False, "replace what is at --out")
     workers: int = option(4, "threads that decode them", "-j")
     threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")
 
@@ -116,8 +118,7 @@ def _check_options(config: ExportConfig, given: set[str]) -> tuple[str, Format, 
     out = Path(config.out)
     beside = out.with_name(f"{out.name}.json")
     for path in (out, beside) if config.format in GRAPHS else (out,):
-        if path.exists():
-            raise UserError(f"{path} is there already: give another --out, or remove it")
+        check_free(path, overwrite=config.overwrite)
     if config.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require_onnx(package)
