@@ -32,6 +32,12 @@ def apply_flip(images: Tensor, flip: Tensor) -> Tensor:
         ValueError: ``flip`` is for another batch size.
     """
     _check_batch_size(images, flip)
+    if _copied_one_by_one(images):
+        mirrored = torch.empty_like(images, memory_format=torch.contiguous_format)
+        source, target = images.numpy(), mirrored.numpy()
+        for number, mirror in enumerate(flip.tolist()):
+            target[number] = source[number, :, :, ::-1] if mirror else source[number]
+        return mirrored
     return torch.where(flip.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -67,9 +73,15 @@ def apply_crop(images: Tensor, offsets: Tensor, *, padding: int, fill: float = 0
         raise ValueError(f"expected offsets in [0, {2 * padding}], got {int(offsets.min())} to {int(offsets.max())}")
     height, width = images.shape[2:]
     padded = functional.pad(images, (padding, padding, padding, padding), value=fill)
+    if _copied_one_by_one(images):
+        cut = torch.empty_like(images, memory_format=torch.contiguous_format)
+        source, target = padded.numpy(), cut.numpy()
+        for number, (top, left) in enumerate(offsets.tolist()):
+            target[number] = source[number, :, top : top + height, left : left + width]
+        return cut
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2 padding + 1, 2 padding + 1, H, W)
-    top, left = offsets.to(images.device, non_blocking=True).unbind(1)
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+    tops, lefts = offsets.to(images.device, non_blocking=True).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, tops, lefts]
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -89,6 +101,14 @@ def resize(images: Tensor, size: int) -> Tensor:
         images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
     )
     return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _copied_one_by_one(images: Tensor) -> bool:
+    """Whether numpy's plain copies, image by image, take a third of the time of one operation on the batch.
+
+    They do for bytes on a CPU, which is what training crops and flips there; on a GPU each would be a kernel.
+    """
+    return images.device.type == "cpu" and images.dtype == torch.uint8
 
 
 def _check_padding(padding: int) -> None:
