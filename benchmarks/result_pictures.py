@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -72,11 +73,11 @@ def draw(
         name: paired_differences(row, values.get(plain_of.get(name) or "", {})) for name, row in values.items() if row
     }
     pairs = {name: found for name, found in pairs.items() if found}
-    figure = Figure(figsize=(10, 1.2 + 0.28 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.28 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    draw_values(left, shown, f"{metric}, %: mean, standard deviation, each seed")
-    draw_differences(right, pairs, f"{metric} less plain, points: mean, 95 % interval, each pair")
-    figure.supxlabel(about, fontsize=8)
+    draw_values(left, shown, f"{metric}, %\nmean, standard deviation, each seed")
+    draw_differences(right, pairs, f"{metric} less plain, points\nmean, 95 % interval, each pair")
+    figure.supxlabel("\n".join(textwrap.wrap(about, 120)), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
