@@ -91,12 +91,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return run_config(config, signals)
 
 
-def run_config(config: ClsConfig, signals: StopSignals) -> dict[str, Any]:
-    """Train or evaluate; whatever a user's mistake can break comes before the run directory is made."""
+def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None = None) -> dict[str, Any]:
+    """Train or evaluate; whatever a user's mistake can break comes before the run directory is made.
+
+    Args:
+        config: of the run.
+        signals: that may stop it.
+        data: images to train and test on, in place of those that the config names.
+    """
     device = choose_device(config.device)
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
-    data = read_splits(config)
+    data = read_splits(config) if data is None else data
     model = build_model(config, data)
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
     loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")

@@ -10,9 +10,10 @@ from idml._version import __version__
 if TYPE_CHECKING:
     from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
     from idml.errors import TrainingError, UserError
-    from idml.models import ClassifierOutput, IntrospectiveClassifier, alteration_score, uncertainty_score
+    from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
     from idml.similarity import introspective_distance, introspective_similarity, introspective_weight
     from idml.trained import Embeddings, Predictions, TrainedModel, load
+    from idml.transformer import IntrospectiveTransformer
 
 __all__ = [
     "ClassifierOutput",
@@ -20,12 +21,12 @@ __all__ = [
     "Embeddings",
     "IntrospectiveClassifier",
     "IntrospectiveEmbedder",
+    "IntrospectiveTransformer",
     "Predictions",
     "TrainedModel",
     "TrainingError",
     "UserError",
     "__version__",
-    "alteration_score",
     "introspective_distance",
     "introspective_similarity",
     "introspective_weight",
@@ -39,11 +40,11 @@ _HOMES = {
     "Embeddings": "trained",
     "IntrospectiveClassifier": "models",
     "IntrospectiveEmbedder": "embedder",
+    "IntrospectiveTransformer": "transformer",
     "Predictions": "trained",
     "TrainedModel": "trained",
     "TrainingError": "errors",
     "UserError": "errors",
-    "alteration_score": "models",
     "introspective_distance": "similarity",
     "introspective_similarity": "similarity",
     "introspective_weight": "similarity",

@@ -138,9 +138,10 @@ def _labelled_as(collection: Collection, model: TrainedModel) -> ImageDataset:
     used = [collection.dataset.classes[label] for label in np.unique(collection.dataset.labels)]
     unknown = [name for name in used if name not in position]
     if unknown:
+        more = ", ..." if len(model.classes) > 5 else ""
         raise UserError(
             f"{collection.source} has {len(unknown)} classes that the model was not trained on: "
-            f"{', '.join(unknown[:5])}; it knows {len(model.classes)}: {', '.join(model.classes[:5])}, ..."
+            f"{', '.join(unknown[:5])}; it knows {len(model.classes)}: {', '.join(model.classes[:5])}{more}"
         )
     renamed = np.array([position.get(name, -1) for name in collection.dataset.classes], np.int64)
     return dataclasses.replace(
@@ -235,7 +236,10 @@ def retrieval_figures(
         return embed(network, loader, model.spec.preprocessing, tested.precision)
 
     gallery = None if tested.gallery is None else embedded(tested.gallery)
-    metrics = search(embedded(tested.dataset), gallery, data, config, network, last=True).metrics
+    try:
+        metrics = search(embedded(tested.dataset), gallery, data, config, network, last=True).metrics
+    except ValueError as error:  # a K that is larger than what is left without a query's family
+        raise UserError(f"the figures of {tested.name} cannot be had: {error}") from None
     prefix = "R-AUROC "
     found = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     names = {"uncertainty": model.score_name} | RETRIEVAL_SCORES

@@ -146,7 +146,7 @@ class TrainedModel:
             UserError: an image is of another kind, shape or range than ``Images`` says.
         """
         size, fit = self.spec.preprocessing.image_size, self.spec.preprocessing.fit
-        return torch.stack([as_evaluated(image, size, fit) for image in _as_pil(images)])
+        return torch.stack([as_evaluated(image, size, fit) for image in as_pil(images)])
 
     @torch.inference_mode()
     def outputs(self, images: Tensor) -> ClassifierOutput | EmbedderOutput:
@@ -293,8 +293,8 @@ def _load_exported(folder: Path, device: str) -> TrainedModel:
     return TrainedModel(network, spec, device=choose_device(device), source=folder)
 
 
-def _as_pil(images: Images) -> list[Image.Image]:
-    """Every image as RGB."""
+def as_pil(images: Images) -> list[Image.Image]:
+    """Every image as RGB; UserError as for ``TrainedModel.prepare``."""
     if isinstance(images, Image.Image):
         return [images.convert("RGB")]
     if isinstance(images, np.ndarray):
@@ -304,7 +304,7 @@ def _as_pil(images: Images) -> list[Image.Image]:
             raise UserError(f"expected a tensor (3, H, W) or (N, 3, H, W), got shape {tuple(images.shape)}")
         return _from_pixels(images.detach().cpu().movedim(-3, -1).numpy(), "a tensor", (3, 4))
     if isinstance(images, Iterable) and not isinstance(images, (str, bytes)):
-        found = [image for each in images for image in _as_pil(each)]
+        found = [image for each in images for image in as_pil(each)]
         if found:
             return found
         raise UserError("expected at least one image, got none")
