@@ -151,7 +151,6 @@ def test_a_mistake_that_one_process_finds_ends_all(runs: dict[str, Path], tmp_pa
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error (rank")]
     assert errors and all("no images in empty" in line for line in errors), done.stderr
-    assert "Traceback" not in done.stderr.split("torch.distributed")[0]
 
 
 @pytest.fixture(scope="module")
