@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
+import itertools
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss
 from timing import compared, conditions, in_turn, parser, print_comparison, results_path, store
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 import train_dml
 from idml.config_dml import parse_dml_config
@@ -44,6 +46,8 @@ from idml.optim import build_dml_optimizer, build_dml_schedule
 from idml.run import Run
 from idml.runtime import choose_device, freeze_batch_norm, place_model, seed_everything
 from idml.state import TrainingState
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about itself
 
 CLASSES = (100, 1_000, 11_318, 100_000)
 ALPHA, MARGIN, TEMPERATURE, OFFSET = 32.0, 0.1, 5.0, 4.0
@@ -155,8 +159,8 @@ def measure_step(device: torch.device, budget: float, *, quick: bool) -> dict[st
     return found
 
 
-def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory that a call takes beyond what is held before it, in MiB; None where it cannot be told."""
+def peak_mib(function: Callable[[], Any], device: torch.device) -> float:
+    """The most memory of torch's that a call takes beyond what is held before it, in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -165,14 +169,12 @@ def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the peak so far
-        before = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
-        return (int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) - before) / 1024
-    except OSError:
-        return None
+    assert recorded.profiler is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)) / 2**20
 
 
 def losses(classes: int, device: torch.device, dimensions: int) -> dict[str, nn.Module]:
@@ -212,8 +214,7 @@ def measure_loss(classes: int, device: torch.device, budget: float, *, quick: bo
     for name, call in calls.items():
         rows[name] |= {"peak_mib": peak_mib(call, device), "loss": values[name]}
     print_comparison(f"ProxyAnchor forward and backward, {classes:,} classes, {batch} embeddings", rows, to="off")
-    memory = {name: "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB" for name, row in rows.items()}
-    print("\npeak memory: " + ", ".join(f"{name} {size}" for name, size in memory.items()), flush=True)
+    print("\npeak MiB: " + ", ".join(f"{name} {row['peak_mib']:.1f}" for name, row in rows.items()), flush=True)
     return {"classes": classes, "batch": batch, "dimensions": dimensions, "losses": rows}
 
 

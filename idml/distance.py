@@ -31,6 +31,9 @@ DistanceForm = Literal["similarity", "distance"]
 OFFSETS: dict[str, float] = {"released": 4.0, "live": 0.0}
 """Constant added to beta. 4 in the authors' retrieval code; the formula of the paper has none."""
 
+SHORTEST = 1e-12
+"""Length that a shorter vector is divided by, as in torch's ``normalize``."""
+
 
 class IntrospectiveDistance(BaseDistance):
     """Cosine similarity, or Euclidean distance of unit vectors, weakened by the uncertainty of the pair.
@@ -124,7 +127,10 @@ class IntrospectiveDistance(BaseDistance):
 
     @staticmethod
     def _alpha_beta(query: _Rows, reference: _Rows, *, row_by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Cosine, alpha and beta of each pair: two matrix products where all pairs are compared."""
+        """Cosine, alpha and beta of each pair; beta is (B, 1) where images are compared with proxies.
+
+        There may be 100,000 proxies: the fewer steps over all pairs, the better.
+        """
 
         def inner(x: Tensor, y: Tensor) -> Tensor:
             return (x * y).sum(1) if row_by_row else x @ y.T
@@ -133,9 +139,12 @@ class IntrospectiveDistance(BaseDistance):
             return values if row_by_row else values[:, None]
 
         cosine = inner(query.semantic, reference.semantic)
-        length_q, length_r = column(query.length), reference.length
-        alpha = length_q.square() + length_r.square() - 2 * length_q * length_r * cosine
-        beta = column(query.uncertainty.square().sum(1)) + reference.uncertainty.square().sum(1)
+        length_q, length_r = (1.0 if rows.length is None else rows.length for rows in (query, reference))
+        length_q = column(length_q) if isinstance(length_q, Tensor) else length_q
+        alpha = (length_q**2 + length_r**2) - 2 * length_q * length_r * cosine
+        beta = column(query.uncertainty.square().sum(1))
+        if reference.uncertainty.shape[1]:
+            beta = beta + reference.uncertainty.square().sum(1)
         if query.uncertainty.shape[1] and reference.uncertainty.shape[1]:
             beta = (beta + 2 * inner(query.uncertainty, reference.uncertainty)).clamp_min(
                 0
@@ -148,15 +157,24 @@ class IntrospectiveDistance(BaseDistance):
             raise ValueError(f"expected rows of at least embedding_dim = {self.embedding_dim} numbers, got {width}")
         rows = rows if rows.dtype == torch.float64 else rows.float()
         semantic, uncertainty = rows[:, : self.embedding_dim], rows[:, self.embedding_dim :]
-        length = semantic.norm(dim=1) if width == self.embedding_dim else semantic.new_ones(len(rows))
-        return _Rows(functional.normalize(semantic, dim=1), length, uncertainty)
+        if width > self.embedding_dim:
+            return _Rows(functional.normalize(semantic, dim=1), None, uncertainty)
+        # As ``normalize`` does it, but with the length, and its gradient, computed once.
+        length = semantic.norm(dim=1)
+        return _Rows(semantic / length.clamp_min(SHORTEST)[:, None], length, uncertainty)
 
 
 class _Rows(NamedTuple):
-    """Rows taken apart: (B, D) semantic of unit length; (B,) length of a proxy, 1 for an image; (B, E) or (B, 0)."""
+    """Rows taken apart.
+
+    Attributes:
+        semantic: (B, D) of unit length.
+        length: (B,) that proxies had; None of images, which count as unit vectors.
+        uncertainty: (B, E) of images, (B, 0) of proxies.
+    """
 
     semantic: Tensor
-    length: Tensor
+    length: Tensor | None
     uncertainty: Tensor
 
 
