@@ -1,7 +1,7 @@
 """What ``torch.hub`` offers of this repository.
 
-    model = torch.hub.load("path/to/clone", "introspective", checkpoint="runs/x", source="local")
-    network = torch.hub.load("path/to/clone", "introspective_classifier", "resnet50", num_classes=10, source="local")
+model = torch.hub.load("path/to/clone", "introspective", checkpoint="runs/x", source="local")
+network = torch.hub.load("path/to/clone", "introspective_classifier", "resnet50", num_classes=10, source="local")
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from idml.embedder import IntrospectiveEmbedder
 from idml.models import IntrospectiveClassifier
 from idml.trained import TrainedModel, load
 
-dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "yaml", "jsonargparse"]
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "yaml", "jsonargparse", "tqdm"]
 
 
 def introspective(checkpoint: str | Path, device: str = "auto") -> TrainedModel:
@@ -30,7 +30,7 @@ def introspective(checkpoint: str | Path, device: str = "auto") -> TrainedModel:
 def introspective_classifier(
     model: str = "resnet50", num_classes: int = 1000, pretrained: bool = False, **options: Any
 ) -> IntrospectiveClassifier:
-    """A classifier to be trained, by default with the uncertainty head that foresees losses.
+    """A classifier to be trained.
 
     Args:
         model: timm's name of the backbone, or one of this project.
@@ -38,7 +38,6 @@ def introspective_classifier(
         pretrained: take timm's weights for the backbone; random otherwise.
         options: further arguments of ``IntrospectiveClassifier``.
     """
-    options = {"uncertainty_loss": "loss-prediction" if options.get("ism", "live") == "live" else "none"} | options
     return IntrospectiveClassifier(create_backbone(model, pretrained=pretrained), num_classes, **options)
 
 
