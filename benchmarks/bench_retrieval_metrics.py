@@ -12,6 +12,9 @@ Parts:
               faiss (pip install faiss-cpu), which is no dependency of this project
     million   1,000,000 x 128 without NMI; by default for the queries that --million-queries says, all of them being
               searched where it is 1000000
+    curve     1,000, 10,000, 100,000 and 1,000,000 points of 128 numbers in a tenth as many classes, every one of them a
+              query, without NMI: seconds and peak memory; AccuracyCalculator beside it up to 10,000 (with faiss). A
+              size that would take more than --limit seconds, by the growth so far, is left out and says so
 
 The points are unit vectors: random class centres plus Gaussian noise of --noise times a centre's length. Each part runs
 in a process of its own, whose peak memory is read afterwards. What is compared is timed in turn in each round, and the
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import resource
@@ -32,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +189,50 @@ def million(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-PARTS = {"sop": sop, "released": released, "pml": pml, "million": million}
+def curve(arguments: argparse.Namespace) -> dict[str, Any]:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    found: dict[str, Any] = {}
+    previous: tuple[int, float] | None = None
+    for count in (500, 1_000, 2_000) if arguments.quick else (1_000, 10_000, 100_000, 1_000_000):
+        # The search grows with the square of the number, at least.
+        expected = 0.0 if previous is None else previous[1] * (count / previous[0]) ** 2
+        if expected > arguments.limit:
+            found[f"{count}"] = {"skipped": f"about {expected:.0f} s, more than --limit {arguments.limit:g}"}
+            print(f"{count} points left out: {found[f'{count}']['skipped']}", file=sys.stderr)
+            continue
+        points, labels = clustered_points(count, 128, count // 10, arguments.noise)
+        functions: dict[str, Callable[[], Any]] = {"ours": partial(retrieval_metrics, points, labels, nmi=False)}
+        if count <= 10_000 and importlib.util.find_spec("faiss") is not None:
+            calculator = AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"))
+            functions["pml"] = partial(calculator.get_accuracy, points, labels)
+        seconds, values = in_turn(arguments.rounds if count <= 10_000 else 1, functions)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        found[f"{count}"] = {
+            "points": [count, 128],
+            "seconds": seconds,
+            "ratios": {"pml to ours": medians["pml"] / medians["ours"]} if "pml" in medians else {},
+            # Sizes grow, so the peak of the process so far is that of this size.
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "metrics": values["ours"],
+        }
+        previous = (count, medians["ours"])
+    return {"sizes": found}
+
+
+PARTS = {"sop": sop, "released": released, "pml": pml, "million": million, "curve": curve}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sizes; writes retrieval-metrics-quick.json")
+    parser.add_argument("--out", default=None, help="file of the results, in place of the one below results/")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--noise", type=float, default=1.5)
     parser.add_argument("--million-queries", type=int, default=10_000)
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one size of the curve may take")
     parser.add_argument("--in-this-process", action="store_true", help="run one part and print its JSON")
     arguments = parser.parse_args()
 
@@ -205,10 +244,12 @@ def main() -> None:
         return
 
     path = RESULTS.with_stem(RESULTS.stem + "-quick") if arguments.quick else RESULTS
+    path = Path(arguments.out) if arguments.out else path
     # Parts that are not run now keep what was measured before, with the commit and machine of then.
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     for name in arguments.parts:
         options = ["--rounds", str(arguments.rounds), "--noise", str(arguments.noise)]
+        options += ["--limit", str(arguments.limit)]
         options += ["--million-queries", str(arguments.million_queries), *(["--quick"] if arguments.quick else [])]
         command = [sys.executable, __file__, "--parts", name, "--in-this-process", *options]
         about = {
