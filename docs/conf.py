@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from idml._version import __version__  # noqa: E402
+from idml._version import __version__
 
 project, author = "IDML", "The IDML authors"
 release = version = __version__

@@ -1,6 +1,6 @@
 """Draw docs/images/ism.png out of idml/similarity.py.
 
-    python docs/ism_picture.py [FILE]
+python docs/ism_picture.py [FILE]
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def draw_weights(axes: Any) -> None:
     """The weight of a pair of unit vectors against alpha, which is then between 0 and 4."""
     alpha = torch.linspace(0, 4, 401)
     for beta, style in BETAS.items():
-        axes.plot(alpha, introspective_weight(alpha, torch.tensor(beta)), style, color="black", label=f"beta = {beta:g}")
+        axes.plot(
+            alpha, introspective_weight(alpha, torch.tensor(beta)), style, color="black", label=f"beta = {beta:g}"
+        )
     axes.set(title="weight", xlabel="alpha, squared distance", ylim=(-0.03, 1.05))
     axes.legend(loc="lower right", frameon=False)
 
