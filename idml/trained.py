@@ -19,7 +19,7 @@ from torch import Tensor
 from augment import normalise
 from idml.checkpoint import load_tensors, read_checkpoint
 from idml.checkpoint_files import newest_checkpoint
-from idml.data.image_dataset import ImageDataset
+from idml.data.image_dataset import ImageDataset, as_rgb
 from idml.data.torch_loader import TorchLoader, as_evaluated
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import UserError
@@ -296,13 +296,15 @@ def _load_exported(folder: Path, device: str) -> TrainedModel:
 def as_pil(images: Images) -> list[Image.Image]:
     """Every image as RGB; UserError as for ``TrainedModel.prepare``."""
     if isinstance(images, Image.Image):
-        return [images.convert("RGB")]
+        return [as_rgb(images)]
     if isinstance(images, np.ndarray):
         return _from_pixels(images, "an array", (2, 3, 4))
     if isinstance(images, Tensor):
         if images.ndim not in (3, 4):
             raise UserError(f"expected a tensor (3, H, W) or (N, 3, H, W), got shape {tuple(images.shape)}")
-        return _from_pixels(images.detach().cpu().movedim(-3, -1).numpy(), "a tensor", (3, 4))
+        pixels = images.detach().cpu().movedim(-3, -1)
+        # NumPy has no bfloat16.
+        return _from_pixels((pixels.float() if pixels.is_floating_point() else pixels).numpy(), "a tensor", (3, 4))
     if isinstance(images, Iterable) and not isinstance(images, (str, bytes)):
         found = [image for each in images for image in as_pil(each)]
         if found:
@@ -319,6 +321,8 @@ def _from_pixels(pixels: np.ndarray, what: str, dimensions: tuple[int, ...]) -> 
     channels = 1 if pixels.ndim == 2 else pixels.shape[-1] if pixels.ndim else 0
     if pixels.ndim not in dimensions or channels not in (1, 3) or pixels.size == 0:
         raise UserError(f"expected {what} of images with 1 or 3 channels, got one of shape {pixels.shape}")
+    if pixels.dtype.kind not in "uif":
+        raise UserError(f"expected {what} of integers from 0 to 255, or floats from 0 to 1, got {pixels.dtype}")
     low, high = float(pixels.min()), float(pixels.max())
     top = 1.0 if np.issubdtype(pixels.dtype, np.floating) else 255.0
     if not (low >= 0 and high <= top):  # NaN too

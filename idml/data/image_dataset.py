@@ -122,9 +122,14 @@ def read_rgb(path: Path) -> Image.Image:
     """
     with Image.open(path) as image:
         check_pixels(image)
-        if image.mode.startswith("I;16"):  # Pillow would cut all values off at 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, a new one; see ``read_rgb``."""
+    if image.mode.startswith("I;16"):  # Pillow would cut all values off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def fit_square(images: np.ndarray, size: int) -> np.ndarray:
