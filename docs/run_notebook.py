@@ -40,9 +40,11 @@ def tidied(notebook: Any) -> Any:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Pieces of one stream as one, in the order of their first."""
+    """Pieces of one stream as one; without the warning that there is no widget to draw progress bars with."""
     found: list[Any] = []
     for output in outputs:
+        if "TqdmWarning" in output.get("text", ""):
+            continue
         before = found[-1] if found else None
         if output.output_type == "stream" and before is not None and before.get("name") == output.name:
             before.text += output.text
