@@ -1,6 +1,6 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dml test test-faults audit lint ffcv-wheel
+.PHONY: help install demo demo-dml test test-faults audit lint docs ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
@@ -12,6 +12,7 @@ help:
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
 	@echo "make test-faults  kill runs and damage files, all cases (about 14 minutes)"
 	@echo "make audit     known vulnerabilities of the versions in requirements.lock"
+	@echo "make docs      the pages of docs/ as a site, in build/docs"
 	@echo "make install   only make .venv"
 	@echo "make ffcv-wheel  a wheel of FFCV with its libraries inside, for machines where you are not root"
 
@@ -40,6 +41,9 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: install
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term $(if $(filter 1,$(SLOW)),,-m "not slow")
