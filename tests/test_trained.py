@@ -187,7 +187,7 @@ def test_batches_change_nothing(model: idml.TrainedModel, clothes: np.ndarray) -
         (3, "got int"),
         (np.array([["a", "b"]]), "or floats from 0 to 1, got <U1"),
         (np.zeros((8, 8), np.complex64), "got complex64"),
-        (np.zeros((8, 8), bool), "integers from 0 to 255 .* got bool"),
+        (np.zeros((8, 8), bool), "integers from 0 to 255, or floats .* got bool"),
     ],
 )
 def test_images_that_are_none(model: idml.TrainedModel, images: Any, message: str) -> None:
