@@ -1,6 +1,6 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dml test test-faults audit lint docs ffcv-wheel
+.PHONY: help install demo demo-dml bench-quick test test-faults audit lint docs ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
@@ -11,6 +11,7 @@ help:
 	@echo "make demo-dml  train plain and introspective retrieval on real images (about 3 minutes) and compare them"
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
 	@echo "make test-faults  kill runs and damage files, all cases (about 14 minutes)"
+	@echo "make bench-quick  a few ratios of speed against the stored ones (2 minutes); reports, never fails"
 	@echo "make audit     known vulnerabilities of the versions in requirements.lock"
 	@echo "make docs      the pages of docs/ as a site, in build/docs"
 	@echo "make install   only make .venv"
@@ -50,6 +51,9 @@ test: lint
 
 test-faults: install
 	FAULTS=full OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests/faults
+
+bench-quick: install
+	$(PY) benchmarks/bench_quick.py
 
 audit: install
 	@.ci/audit

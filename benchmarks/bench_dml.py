@@ -24,6 +24,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def losses(classes: int, device: torch.device, dimensions: int) -> dict[str, nn.
     return {name: loss.to(device) for name, loss in made.items()}
 
 
+def forward_and_backward(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a batch, with gradients of embeddings and proxies."""
+    introspective = getattr(loss, "ism", "off") != "off"
+    given = embeddings if introspective else embeddings[:, : loss.proxies.shape[1]]
+    given = given.detach().requires_grad_()
+    loss.zero_grad(set_to_none=False)
+    value: Tensor = loss(given, labels)
+    value.backward()
+    return value.detach()
+
+
 def measure_loss(classes: int, device: torch.device, budget: float, *, quick: bool) -> dict[str, Any]:
     """Seconds and memory of each loss for one number of classes."""
     batch, dimensions = (8, 16) if quick else (120, 512)
@@ -199,16 +211,7 @@ def measure_loss(classes: int, device: torch.device, budget: float, *, quick: bo
     labels = torch.randint(classes, (batch,)).to(device)
     compare = losses(classes, device, dimensions)
 
-    def run(name: str) -> Tensor:
-        loss = compare[name]
-        width = dimensions if name == "pytorch-metric-learning" else None
-        given = whole[:, :width].detach().requires_grad_()
-        loss.zero_grad(set_to_none=False)
-        value: Tensor = loss(given, labels)
-        value.backward()
-        return value.detach()
-
-    calls: dict[str, Callable[[], Tensor]] = {name: (lambda name=name: run(name)) for name in compare}  # type: ignore[misc]
+    calls = {name: partial(forward_and_backward, loss, whole, labels) for name, loss in compare.items()}
     values = {name: call().item() for name, call in calls.items()}
     rows = compared(in_turn(calls, budget=budget, rounds=3 if quick else None, device=device), to="off")
     for name, call in calls.items():

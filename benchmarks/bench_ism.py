@@ -38,6 +38,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 import train_cls
+from idml import distributed
 from idml.backbones import create_backbone
 from idml.config_cls import ClsConfig, parse_cls_config
 from idml.data.cls_loaders import build_cls_loaders
@@ -154,7 +155,7 @@ class Training:
         images = train_cls.crop_and_flip(self.images, config, state.generator)
         spoilt = train_cls.spoil(images, self.labels, config, preprocessing, state)
         batch = train_cls.colour_and_mix(images, self.labels, config, preprocessing, state.generator)
-        train_cls.step(state, self.guard, batch, spoilt, config, len(images))
+        train_cls.step(state, self.guard, batch, spoilt, config, len(images) * distributed.world_size())
         state.epoch_losses.clear()
         if images.device.type == "cpu":
             self.guard.check()
