@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from idml.heads import Foresight
+from idml.random_state import generator_kept
 
 SHARPNESS = 16.0
 """Scale of the cosines between a retrieval head's belief and its class directions; of the order of the 16 to 32 that
@@ -171,7 +172,8 @@ class ErrorCalibration(nn.Module):
         Returns:
             Whether it was fitted: not where all answers are right, or all wrong (a warning says so).
         """
-        from sklearn.linear_model import LogisticRegression  # slow to import: only where used
+        with generator_kept():
+            from sklearn.linear_model import LogisticRegression  # slow to import: only where used
 
         evidence, wrong = evidence.cpu().double(), wrong.cpu()
         count = int(wrong.sum())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,16 @@ def random_state(generator: torch.Generator, device: torch.device) -> dict[str, 
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "generator": generator.get_state(),
     }
+
+
+@contextlib.contextmanager
+def generator_kept() -> Iterator[None]:
+    """Leave Python's generator as it was: scikit-learn's import, where rich is installed, draws from it."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -18,6 +18,7 @@ from idml.metrics.classification import Predictions
 from idml.metrics.uncertainty import ECE_BINS
 from idml.pictures import extremes_grid, mixed_grid
 from idml.plots import reliability_plot, risk_coverage_plot
+from idml.random_state import generator_kept
 from idml.run import Run, write_text
 
 
@@ -39,8 +40,9 @@ def write_confusion(
 ) -> None:
     """``confusion.csv`` (rows: true class, columns: predicted), ``confusion.png`` and ``metrics.json`` in a folder."""
     import matplotlib.figure  # slow to import: only where used
-    from sklearn.metrics import confusion_matrix
 
+    with generator_kept():
+        from sklearn.metrics import confusion_matrix
     directory.mkdir(parents=True, exist_ok=True)
     matrix = confusion_matrix(predictions.label, predictions.predicted, labels=range(len(classes)))
     with (directory / "confusion.csv").open("w", newline="", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import random
 from collections.abc import Iterator
@@ -33,8 +32,6 @@ def choose_device(name: str) -> torch.device:
 
 def seed_everything(seed: int, *, deterministic: bool = False, threads: int | None = None) -> None:
     """Seed Python, NumPy and torch; forbid algorithms whose results vary; set torch's CPU threads."""
-    # It imports rich where that is installed, which draws from Python's generator: not in the middle of a run.
-    importlib.import_module("sklearn.metrics")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (for libraries that still draw from the global state)
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from idml.metrics.neighbours import Array
+from idml.random_state import generator_kept
 
 ECE_BINS = 15
 """Bins of the expected calibration error (Guo et al. 2017)."""
@@ -124,7 +125,8 @@ def auroc(higher: Array, lower: Array) -> float:
     Raises:
         ValueError: wrong shape or dtype, or a score that is not finite.
     """
-    from sklearn.metrics import roc_auc_score  # slow to import: only where used
+    with generator_kept():
+        from sklearn.metrics import roc_auc_score  # slow to import: only where used
 
     first, second = (_checked_scores(scores) for scores in (higher, lower))
     if not len(first) or not len(second):
