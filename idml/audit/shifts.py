@@ -19,11 +19,11 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """Share of each kind's range; of ``mixup`` and ``cutmix`` half of it, since beyond a half the partner is in front."""
 
 KINDS = {
-    "blur": ("blur", "standard deviation, % of the side", lambda share: 100 * _within(BLUR_SIGMA, share)),
-    "noise": ("noise", "standard deviation, % of black to white", lambda share: 100 * _within(NOISE_STD, share)),
-    "crop": ("crop", "area cut away, %", lambda share: 100 * (1 - _within(CROP_SIDE, 1 - share) ** 2)),
-    "mixup": ("mixing (Mixup)", "share of another image, %", lambda share: 50 * share),
-    "cutmix": ("mixing (CutMix)", "area of another image, %", lambda share: 50 * share),
+    "blur": ("Blur", "standard deviation, % of the side", lambda share: 100 * _within(BLUR_SIGMA, share)),
+    "noise": ("Noise", "standard deviation, % of black to white", lambda share: 100 * _within(NOISE_STD, share)),
+    "crop": ("Crop", "area cut away, %", lambda share: 100 * (1 - _within(CROP_SIDE, 1 - share) ** 2)),
+    "mixup": ("Mixing (Mixup)", "share of another image, %", lambda share: 50 * share),
+    "cutmix": ("Mixing (CutMix)", "area of another image, %", lambda share: 50 * share),
 }
 """Name for readers, what the strength is, and its value at a share of the range."""
 
