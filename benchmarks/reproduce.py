@@ -125,7 +125,7 @@ def about_runs(variants: list[Variant], rows: dict[str, Any], part: str, argumen
     counts = sorted({len(figures) for figures in rows.values() if figures})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return (
-        f"{data}; {', '.join(sorted({run['model'] for run in runs}))}; last epoch; n = {seeds} seeds; {machines}; "
+        f"{data}; {', '.join(sorted({run['model'] for run in runs}))}; last epoch; n = {seeds} seed(s); {machines}; "
         f"{len(runs)} runs of {minutes:.0f} minutes in all, beside other programs"
     )
 

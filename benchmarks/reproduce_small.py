@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,7 +113,9 @@ def retrieval_variants(arguments: argparse.Namespace) -> list[Variant]:
 def check_stored(run: Path, script: str, options: list[str]) -> None:
     """UserError if the finished run in a folder was made with other options than those that are wanted."""
     parse: Callable[..., Any] = parse_cls_config if script == "train_cls.py" else parse_dml_config
-    wanted = dataclasses.asdict(parse(options, description="")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself has warned of what has no effect
+        wanted = dataclasses.asdict(parse(options, description="")[0])
     stored = with_uncertainty_loss(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     for name, value in wanted.items():
         # What the command leaves open, the data set decides; options of later versions did not exist yet.
@@ -128,8 +131,6 @@ def run_one(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
     run = folder / f"{variant.stem}-s{seed}"
     options = [*options, "--seed", str(seed)]
     reused = (run / "results.json").exists()
-    if reused:
-        check_stored(run, script, options)
     train(script, options, run)
     stored = json.loads((run / "results.json").read_text(encoding="utf-8"))
     about = {key: stored[key] for key in ("git_commit", "hardware", "wall_seconds", "versions", "model")}
@@ -148,6 +149,10 @@ def public_command(script: str, options: list[str]) -> str:
 def run_all(variants: list[Variant], arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
     """All runs, seed by seed: what a stopped suite has finished are whole pairs."""
     jobs = [(variant, seed) for seed in arguments.seeds for variant in variants]
+    for variant, seed in jobs:  # before anything is trained
+        run, (script, options) = folder / f"{variant.stem}-s{seed}", variant.job
+        if (run / "results.json").exists():
+            check_stored(run, script, [*options, "--seed", str(seed)])
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
 
     def work(job: tuple[Variant, int]) -> dict[str, Any] | None:

@@ -126,7 +126,9 @@ def test_the_small_suite_pairs_runs_and_uses_them_again(tmp_path: Path) -> None:
     assert set(stored["retrieval"]["rows"]) == {"MS", "MS released", "MS live"}
     top1 = {name: runs["1"]["final"]["top1"] for name, runs in stored["classification"]["rows"].items()}
     less = 100 * (top1["ism"] - top1["baseline"])
-    assert re.search(rf"\| ism \| 1 \| {100 * top1['ism']:.1f} .*\| {less:+.1f} \| 1 \| - \|", done.stdout)
+    assert re.search(
+        rf"\| ism \| 1 \| {100 * top1['ism']:.1f} .*\| {re.escape(f'{less:+.1f}')} \| 1 \| - \|", done.stdout
+    )
     again = run(*quick)
     assert again.returncode == 0, again.stderr
     assert again.stdout.split("stored in")[0].count(" s\n") == 0, "nothing was trained again"
