@@ -135,15 +135,7 @@ def test_the_small_suite_pairs_runs_and_uses_them_again(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "figures-quick.json").read_text(encoding="utf-8"))
     assert stored["retrieval"]["rows"]["MS live"]["1"]["reused"]
 
-    options = [
-        "--dataset",
-        "fashion-mnist-mini",
-        "--model",
-        "resnet8_cifar",
-        "--max-steps",
-        "5",
-        "--method",
-        "baseline",
-    ]
+    options = ["--dataset", "fashion-mnist-mini", "--model", "resnet8_cifar", "--val-fraction", "0.1"]
+    options += ["--method", "baseline", "--max-steps", "5"]
     with pytest.raises(UserError, match="max_steps 4, wanted 5"):
         reproduce_small.check_stored(tmp_path / "runs/baseline-s1", "train_cls.py", options)
