@@ -44,7 +44,7 @@ class EmbeddingTable:
         paths: N, relative to ``data_dir``.
         splits, labels: N names; None where there is none.
         numbers: ``embedding`` (N, D), ``uncertainty`` (N,) (NaN where there is no score), ``uncertainty_embedding``
-            (N, E) with ISM, ``foreseen_loss`` (N,) and ``belief`` (N, K) with loss prediction, and of a classifier
+            (N, E) with ISM, ``foreseen_loss`` and ``alteration`` (N,) and ``belief`` (N, K) with loss prediction, and of a classifier
             ``top_probabilities`` (N, T); all float32.
         top_classes: N times T names, of a classifier; else None.
     """
@@ -224,7 +224,7 @@ def _read_parquet(path: Path, wanted: Names[str] | None) -> EmbeddingTable:
             if not width or len(numbers[name]) != len(table) * width:
                 raise UserError(f"{path} is damaged: its column {name} is not {len(table)} vectors of {width} numbers")
             numbers[name] = numbers[name].reshape(len(table), width)
-        elif name in ("uncertainty", "foreseen_loss"):  # others may have added columns
+        elif name in ("uncertainty", "foreseen_loss", "alteration"):  # others may have added columns
             numbers[name] = column.to_numpy(zero_copy_only=False).astype(np.float32)
     texts = {name: table.column(name).to_pylist() for name in TEXTS}
     return EmbeddingTable(

@@ -23,7 +23,7 @@ from idml.data.image_dataset import ImageDataset, as_rgb
 from idml.data.torch_loader import TorchLoader, as_evaluated
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import UserError
-from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
+from idml.models import ClassifierOutput, IntrospectiveClassifier, alteration_score, uncertainty_score
 from idml.runtime import choose_device
 from idml.spec import ModelSpec, Task, fingerprint, load_state
 
@@ -45,6 +45,7 @@ class Embeddings:
         uncertainty_embedding: (N, E) float32; zeros where ISM is off.
         foreseen_loss: (N,) float32, nats, and belief: (N, K) float32, of the uncertainty head; None without loss
             prediction, and belief for a classifier.
+        alteration: (N,) float32 in [0, 1], ``alteration_score``; None without loss prediction.
         probabilities: (N, C) float32, of a classifier; None of a retrieval model.
     """
 
@@ -52,6 +53,7 @@ class Embeddings:
     uncertainty: np.ndarray
     uncertainty_embedding: np.ndarray
     foreseen_loss: np.ndarray | None = None
+    alteration: np.ndarray | None = None
     belief: np.ndarray | None = None
     probabilities: np.ndarray | None = None
 
@@ -161,6 +163,8 @@ class TrainedModel:
             "uncertainty_embedding": output.uncertainty,
             "uncertainty": uncertainty_score(output),
         }
+        if self.spec.uncertainty_loss != "none":
+            found["alteration"] = alteration_score(output)
         if isinstance(output, ClassifierOutput):
             probabilities = output.logits.float().softmax(1)
             found["probabilities"] = probabilities

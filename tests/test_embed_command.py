@@ -94,6 +94,7 @@ def test_the_file_has_what_the_model_says(
             table.numbers["uncertainty_embedding"], expected.uncertainty_embedding, rtol=1e-3, atol=1e-5
         )
         np.testing.assert_allclose(table.numbers["foreseen_loss"], expected.foreseen_loss, rtol=1e-4)
+        np.testing.assert_allclose(table.numbers["alteration"], expected.alteration, rtol=1e-4)
     if kind == "retrieval live":
         np.testing.assert_allclose(table.numbers["belief"], expected.belief, rtol=1e-3, atol=1e-5)
     if kind == "live":

@@ -169,6 +169,8 @@ def columns_of(embeddings: Embeddings, model: TrainedModel) -> Columns:
         columns["uncertainty_embedding"] = embeddings.uncertainty_embedding
     if embeddings.foreseen_loss is not None:
         columns["foreseen_loss"] = embeddings.foreseen_loss
+    if embeddings.alteration is not None:
+        columns["alteration"] = embeddings.alteration
     if embeddings.belief is not None:
         columns["belief"] = embeddings.belief
     if embeddings.probabilities is not None:
