@@ -84,7 +84,7 @@ PAIRS = {
 """What each method with foresight is compared with: the same, plain."""
 
 MORE_SEEDS = (
-    *("baseline", "ism + foresight", "mixup", "idml-mixup + foresight"),
+    *("mixup", "idml-mixup + foresight"),
     *("ProxyAnchor off", "ProxyAnchor live + foresight"),
 )
 """The pairs that ``--more-seeds`` adds seeds to."""

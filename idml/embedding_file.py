@@ -44,8 +44,8 @@ class EmbeddingTable:
         paths: N, relative to ``data_dir``.
         splits, labels: N names; None where there is none.
         numbers: ``embedding`` (N, D), ``uncertainty`` (N,) (NaN where there is no score), ``uncertainty_embedding``
-            (N, E) with ISM, ``foreseen_loss`` and ``alteration`` (N,) and ``belief`` (N, K) with loss prediction, and of a classifier
-            ``top_probabilities`` (N, T); all float32.
+            (N, E) with ISM, ``foreseen_loss`` and ``alteration`` (N,) and ``belief`` (N, K) with loss prediction, and
+            of a classifier ``top_probabilities`` (N, T); all float32.
         top_classes: N times T names, of a classifier; else None.
     """
 
