@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from idml.embedding_file import written_whole
 from idml.errors import StorageError, UserError
-from idml.metrics import nearest_neighbours
-from idml.metrics.neighbours import unit_vectors
+from idml.metrics.neighbours import CHUNK_BYTES, Search, neighbours_in_chunks, unit_vectors
 
 IndexType = Literal["exact", "flat", "hnsw", "ivfpq"]
 
@@ -152,19 +152,22 @@ class EmbeddingIndex:
         available = len(self.embeddings) - int((left_out >= 0).any())
         assert 1 <= k <= available
         if self.kind == "exact":
-            found = nearest_neighbours(
-                self.embeddings,
-                k,
-                query_embeddings=queries,
-                families=np.arange(len(self.embeddings)),
-                query_families=left_out,
-            )
-            return Neighbours(indices=found[0].numpy(), similarities=found[1].numpy())
+            return self._search_exactly(queries, k, left_out)
         unit = unit_vectors("queries", queries).numpy()
         wanted = min(k + 1 if self.kind != "ivfpq" else max(CANDIDATES * k, 2), len(self.embeddings))
         parameters = self._parameters(wanted, ef_search, nprobe)
         candidates = self._index.search(unit, wanted, params=parameters)[1]
         return self._best(unit, candidates, k, left_out)
+
+    def _search_exactly(self, queries: np.ndarray, k: int, left_out: np.ndarray) -> Neighbours:
+        """As ``nearest_neighbours``, but for a gallery that is of unit length already: no copy of it is made."""
+        families = torch.arange(len(self.embeddings)), torch.from_numpy(left_out)
+        search = Search(torch.from_numpy(self.embeddings), unit_vectors("queries", queries), False, families)
+        indices = np.empty((len(queries), k), np.int64)
+        similarities = np.empty((len(queries), k), np.float32)
+        for rows, found, values in neighbours_in_chunks(search, torch.full((len(queries),), k), CHUNK_BYTES):
+            indices[rows.numpy()], similarities[rows.numpy()] = found.numpy(), values.numpy()
+        return Neighbours(indices=indices, similarities=similarities)
 
     def _parameters(self, wanted: int, ef_search: int | None, nprobe: int | None) -> Any:
         """How wide faiss looks."""
