@@ -6,8 +6,10 @@ Sphinx alone but the table of contents of index.md. Links to other files of the 
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,3 +30,12 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"
 # Straight quotes and two hyphens are meant as they are: pages are full of options.
 smartquotes = False
+
+
+def setup(app: Any) -> None:
+    """The README is no page of the site: what links to it there becomes plain text here."""
+
+    def without_readme(_app: Any, _page: str, source: list[str]) -> None:
+        source[0] = re.sub(r"\[([^\]]*)\]\((?:\.\./)+README\.md(?:#[^)]*)?\)", r"\1", source[0])
+
+    app.connect("source-read", without_readme)
