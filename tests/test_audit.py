@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -552,3 +553,24 @@ def test_from_the_command_line(models: dict[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "355 images, accuracy on test" in done.stdout and (tmp_path / "out/index.html").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_label_errors(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/label_errors.py"),
+        "--quick",
+        "--out",
+        str(tmp_path / "found.json"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "found-quick.json").read_text(encoding="utf-8"))
+    for method in ("baseline", "ism"):
+        (run,) = stored["rows"][method]
+        found = {name: shares["all"] for name, shares in run["rankings"].items()}
+        assert run["planted"] == 250
+        assert found["audit"] > 0.4 and found["audit"] >= found["loss"] - 0.02
+        assert found["random"] < 0.12 < found["disagrees, low P(wrong)"] < found["audit"]
