@@ -13,7 +13,7 @@ from torch import Tensor
 
 AGREEING = 10
 """Most images of a class that are asked, of a retrieval model. With all of them it would be far from outliers of its
-own class; with one, a single wrong label beside it would speak for a wrong one: the first 5 % then hold 60 % in place of
+own class; with one, a wrong label beside it would speak for a wrong one: the first 5 % then hold 60 % in place of
 86 % of planted errors (8,000 images of Fashion-MNIST), and 68 % in place of 67 % of those of emoji, six images a class.
 """
 
