@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import select
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from idml.signals import Interrupted, reasons
 EXIT_BAD_INPUT = 2
 EXIT_TRAINING_FAILED = 1
 EXIT_STORAGE = 74  # EX_IOERR of sysexits.h
+EXIT_BROKEN_PIPE = 141  # as a shell says it of a program that SIGPIPE has ended
 
 
 class UserError(ValueError):
@@ -53,6 +55,12 @@ def run_main(main: Callable[[], None]) -> None:
     threading.excepthook = _quiet_about_tensorboard
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(" ".join(str(stop).split()), file=sys.stderr, flush=True)
@@ -73,6 +81,13 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether what the output went to (head, say) has ended; a process that reads images breaks another pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno())
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _say(error: str) -> None:

@@ -142,6 +142,15 @@ def test_a_worker_that_dies_says_why(tmp_path: Path, image_folder: Path) -> None
     assert "RuntimeError" not in errors
 
 
+def test_a_reader_that_ends_early_is_no_error(tmp_path: Path) -> None:
+    """As in ``idml info ... | head -1``."""
+    script = tmp_path / "prints.py"
+    script.write_text("from idml.errors import run_main\nrun_main(lambda: [print(n) for n in range(100_000)])\n")
+    command = f"set -o pipefail; {sys.executable} {script} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "options"), [("train_cls.py", [*CLS, "--bn-freeze"]), ("train_dml.py", DML)])
 def test_two_processes_stop_together_and_go_on(tmp_path: Path, script: str, options: list[str]) -> None:
