@@ -155,8 +155,8 @@ class EmbeddingIndex:
             return self._search_exactly(queries, k, left_out)
         unit = unit_vectors("queries", queries).numpy()
         wanted = min(k + 1 if self.kind != "ivfpq" else max(CANDIDATES * k, 2), len(self.embeddings))
-        parameters = self._parameters(wanted, ef_search, nprobe)
-        candidates = self._index.search(unit, wanted, params=parameters)[1]
+        self._look_wide(wanted, ef_search, nprobe)
+        candidates = self._index.search(unit, wanted)[1]
         return self._best(unit, candidates, k, left_out)
 
     def _search_exactly(self, queries: np.ndarray, k: int, left_out: np.ndarray) -> Neighbours:
@@ -169,13 +169,13 @@ class EmbeddingIndex:
             indices[rows.numpy()], similarities[rows.numpy()] = found.numpy(), values.numpy()
         return Neighbours(indices=indices, similarities=similarities)
 
-    def _parameters(self, wanted: int, ef_search: int | None, nprobe: int | None) -> Any:
-        """How wide faiss looks."""
+    def _look_wide(self, wanted: int, ef_search: int | None, nprobe: int | None) -> None:
+        """Tell faiss how wide to look: by the index, since pytorch-metric-learning replaces ``search`` by one of torch
+        tensors that takes no parameters."""
         if self.kind == "hnsw":
-            return faiss().SearchParametersHNSW(efSearch=max(ef_search or HNSW_SEARCH, wanted))
-        if self.kind == "ivfpq":
-            return faiss().SearchParametersIVF(nprobe=min(nprobe or PROBES, self._index.nlist))
-        return None
+            self._index.hnsw.efSearch = max(ef_search or HNSW_SEARCH, wanted)
+        elif self.kind == "ivfpq":
+            self._index.nprobe = min(nprobe or PROBES, self._index.nlist)
 
     def _best(self, queries: np.ndarray, candidates: np.ndarray, k: int, left_out: np.ndarray) -> Neighbours:
         """The k best of (Q, m) candidates (-1: none) by the embeddings themselves; exactly where they are too few."""

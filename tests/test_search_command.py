@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import faiss.contrib.torch_utils  # noqa: F401  (as pytorch-metric-learning does, and replaces search by another)
 import numpy as np
 import pyarrow
 import pyarrow.parquet
