@@ -40,7 +40,7 @@ def test_the_uncertainty_benchmark(tmp_path: Path) -> None:
     chance = rows["baseline"][0]["scores"]["random"]
     assert all(0.4 < chance[name] < 0.6 for name in ("error_auroc", *SHIFTS, "other set"))
     assert rows["baseline"][0]["run"]["top1"] < 1
-    assert set(stored["digits"]["rows"]) == {"baseline", "ism + foresight"}
+    assert set(stored["digits"]["rows"]) == {"baseline", "ism", "ism + foresight"}
     found = stored["retrieval"]["rows"]
     free = {"1 - top similarity", "gap to the second", "-|feature|", "random"}
     assert set(found["ProxyAnchor live"][0]["scores"]) == free | {"|u|"}
