@@ -45,7 +45,7 @@ def test_the_uncertainty_benchmark(tmp_path: Path) -> None:
     free = {"1 - top similarity", "gap to the second", "-|feature|", "random"}
     assert set(found["ProxyAnchor live"][0]["scores"]) == free | {"|u|"}
     own = found["ProxyAnchor live + foresight"][0]["scores"]
-    assert set(own) == free | {"foreseen loss", "belief apart", "P(wrong)"}
+    assert set(own) == free | {"foreseen loss", "altered", "belief apart", "P(wrong)"}
     less = stored["retrieval"]["differences"]["ProxyAnchor live + foresight"]["R@1, less that of ProxyAnchor off"]
     runs = [found[name][0]["run"]["R@1"] for name in ("ProxyAnchor live + foresight", "ProxyAnchor off")]
     assert less == [runs[0] - runs[1]]
