@@ -70,7 +70,14 @@ from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
 from idml.run import Run, default_run_directory
-from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.runtime import (
+    autocast,
+    choose_device,
+    freeze_batch_norm,
+    keep_freed_memory,
+    place_model,
+    seed_everything,
+)
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
@@ -100,6 +107,7 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
         data: images to train and test on, in place of those that the config names.
     """
     device = choose_device(config.device)
+    keep_freed_memory(device)
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
     data = read_splits(config) if data is None else data

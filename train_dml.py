@@ -63,7 +63,14 @@ from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_pr
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, search
 from idml.run import Run, default_run_directory
-from idml.runtime import autocast, choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.runtime import (
+    autocast,
+    choose_device,
+    freeze_batch_norm,
+    keep_freed_memory,
+    place_model,
+    seed_everything,
+)
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
@@ -88,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
     """Train or evaluate; whatever a user's mistake can break comes before the run directory is made."""
     device = choose_device(config.device)
+    keep_freed_memory(device)
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
     data = read_retrieval_data(config)

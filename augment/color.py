@@ -22,6 +22,9 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Red, green and blue in luma (ITU-R BT.601), rounded as torchvision rounds them so that results agree with it."""
 
+CACHED_ELEMENTS = 2**17
+"""Elements of float32 that a processor's second cache holds with room to spare: half a MiB."""
+
 LIGHTING_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 """Of the colours of ImageNet's pixels in [0, 1]; Krizhevsky et al. 2012, with the figures of fb.resnet.torch."""
 
@@ -167,7 +170,14 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, in
         TypeError: ``inplace`` with images that are not float32.
     """
     shift, scale = 255 * _per_channel(mean, images), 255 * _per_channel(std, images)
-    return _float32(images, inplace).sub_(shift).div_(scale)
+    if inplace or images.device.type != "cpu":
+        return _float32(images, inplace).sub_(shift).div_(scale)
+    result = torch.empty_like(images, dtype=torch.float32)
+    # Some images at a time, so that the three passes find them in the processor's cache.
+    few = max(CACHED_ELEMENTS * len(images) // max(images.numel(), 1), 1)
+    for first in range(0, len(images), few):
+        result[first : first + few].copy_(images[first : first + few]).sub_(shift).div_(scale)
+    return result
 
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -45,7 +45,7 @@ from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
 from idml.run import Run
-from idml.runtime import choose_device, freeze_batch_norm, place_model, seed_everything
+from idml.runtime import choose_device, freeze_batch_norm, keep_freed_memory, place_model, seed_everything
 from idml.state import TrainingState
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about itself
@@ -229,6 +229,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
+    keep_freed_memory(device)
     path = results_path("dml", quick=arguments.quick, out=arguments.out)
     if "step" in arguments.parts:
         made_with = conditions()

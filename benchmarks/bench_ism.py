@@ -48,7 +48,7 @@ from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
 from idml.run import Run
-from idml.runtime import choose_device, place_model, seed_everything
+from idml.runtime import choose_device, keep_freed_memory, place_model, seed_everything
 from idml.state import TrainingState
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about itself
@@ -243,6 +243,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
+    keep_freed_memory(device)
     path = results_path("ism", quick=arguments.quick, out=arguments.out)
     networks = {"resnet8": QUICK} if arguments.quick else {name: NETWORKS[name] for name in arguments.parts}
     for name, network in networks.items():

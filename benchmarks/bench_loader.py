@@ -7,7 +7,8 @@
 An epoch is timed from asking for the first batch to having the last one as the network takes it: float32, cropped,
 flipped, normalised, shuffled anew. Contenders run in turn within a round, ratios are taken within rounds. What comes
 before (writing the .beton, compiling, starting workers) is the first epoch, told apart. CPU seconds count all threads
-and all worker processes, since a network wants those cores too. torch has one thread in every process.
+and all worker processes, since a network wants those cores too. torch has one thread in every process,
+and memory that is freed is kept (`idml.runtime.keep_freed_memory`), for our loaders and for the peers.
 
 cifar  32-pixel RGB images in memory, crop with 4 pixels of padding and flip (timm's loader has no such crop: its own
        random resized crop), batches of 128
@@ -34,6 +35,7 @@ from loader_contenders import Contender, cifar_contenders, jpeg_contenders, rele
 from timing import Taken, conditions, parser, ratios, results_path, store
 
 from idml.errors import run_main
+from idml.runtime import keep_freed_memory
 
 PEERS = ("torchvision", "timm")
 
@@ -128,6 +130,7 @@ def main() -> None:
     made.add_argument("--images", type=int, help="default 20,000 of cifar's size, 2,000 JPEGs")
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads or 1)
+    keep_freed_memory(torch.device("cpu"))
     rounds = 2 if arguments.quick else arguments.rounds
     path = results_path("loader", quick=arguments.quick, out=arguments.out)
     for part in arguments.parts:

@@ -29,6 +29,7 @@ from timing import RESULTS, compared, conditions, in_turn, parser, store
 
 from idml.errors import UserError, run_main
 from idml.metrics import retrieval_metrics
+from idml.runtime import keep_freed_memory
 
 MOVED = 0.10
 """Share by which a ratio must have changed to be told."""
@@ -129,6 +130,7 @@ def main() -> None:
         raise UserError("bench_quick.py measures on the CPU alone; leave --device out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory(CPU)
     path = Path(arguments.out) if arguments.out else RESULTS / "quick.json"
     made_with, now = conditions(), {}
     for name in arguments.parts:

@@ -11,7 +11,7 @@ import idml.checkpoint
 from idml.config import build_config, check_within, dump_config, option, parse_command_line
 from idml.data.collection import Collection, read_collection, trained_on
 from idml.errors import UserError
-from idml.runtime import seed_everything
+from idml.runtime import keep_freed_memory, seed_everything
 from idml.trained import TrainedModel, load
 
 CommandT = TypeVar("CommandT", bound="ModelOptions")
@@ -61,7 +61,9 @@ def open_model(config: ModelOptions) -> TrainedModel:
     if config.checkpoint is None:
         raise UserError("--checkpoint is missing: a run directory, a checkpoint file, or a folder that export wrote")
     seed_everything(0, threads=config.threads)
-    return load(config.checkpoint, device=config.device)
+    model = load(config.checkpoint, device=config.device)
+    keep_freed_memory(model.device)
+    return model
 
 
 def open_images(config: ImageOptions, model: TrainedModel) -> Collection:

@@ -110,12 +110,15 @@ def filter_weights(size: int, new_size: int, first: int, count: int) -> tuple[np
 
 
 @compiled
-def resample_width(pixels, top, count, left, starts, lengths, weights):  # type: ignore[no-untyped-def]
-    """``count`` rows from ``top`` on of (H, W, 3) uint8 pixels, filtered along the width: (count, len(starts), 3)."""
-    result = np.empty((count, len(starts), 3), np.uint8)
+def resample_width(pixels, top, count, left, starts, lengths, weights, result):  # type: ignore[no-untyped-def]
+    """``count`` rows from ``top`` on of (H, W, 3) uint8 pixels, filtered along the width.
+
+    ``result`` gets them as (3, count, len(starts)) uint8, one plane for each colour, as the batch has them.
+    """
     half, one = np.int32(1 << (WEIGHT_BITS - 1)), np.uint64(1)
     for y in range(count):
         line = pixels[top + y].reshape(3 * pixels.shape[1])
+        reds, greens, blues = result[0, y], result[1, y], result[2, y]
         for x in range(len(starts)):
             red, green, blue = half, half, half
             place = np.uint64(3 * (left + starts[x]))  # unsigned, which spares numba's check for negative indices
@@ -125,47 +128,40 @@ def resample_width(pixels, top, count, left, starts, lengths, weights):  # type:
                 green = np.int32(green + np.int32(line[place + one]) * weight)
                 blue = np.int32(blue + np.int32(line[place + one + one]) * weight)
                 place += one + one + one
-            result[y, x, 0] = red >> WEIGHT_BITS
-            result[y, x, 1] = green >> WEIGHT_BITS
-            result[y, x, 2] = blue >> WEIGHT_BITS
-    return result
+            reds[x], greens[x], blues[x] = red >> WEIGHT_BITS, green >> WEIGHT_BITS, blue >> WEIGHT_BITS
 
 
 @compiled
-def resample_height(pixels, left, count, top, starts, lengths, weights):  # type: ignore[no-untyped-def]
-    """``count`` columns from ``left`` on of (H, W, 3) uint8 pixels, filtered along the height: (len(starts), count, 3).
+def resample_height(pixels, left, count, top, starts, lengths, weights, result):  # type: ignore[no-untyped-def]
+    """``count`` columns from ``left`` on of (H, W) uint8 numbers, filtered along the height.
 
-    The sum runs over whole lines, so that it becomes vector code.
+    ``result`` gets them as (len(starts), count) uint8. The sum runs over whole lines, so that it becomes vector code;
+    the three numbers of a pixel may stand beside one another, or in planes of their own.
     """
-    result = np.empty((len(starts), count, 3), np.uint8)
-    total = np.empty(3 * count, np.int32)
-    flat = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1])
+    total = np.empty(count, np.int32)
     for y in range(len(starts)):
-        for j in range(3 * count):
+        for j in range(count):
             total[j] = 1 << (WEIGHT_BITS - 1)
         for k in range(lengths[y]):
             weight = weights[y, k]
-            line = flat[top + starts[y] + k, 3 * left : 3 * (left + count)]
-            for j in range(3 * count):
+            line = pixels[top + starts[y] + k, left : left + count]
+            for j in range(count):
                 total[j] += np.int32(line[j]) * weight
-        line = result[y].reshape(3 * count)
-        for j in range(3 * count):
+        line = result[y]
+        for j in range(count):
             line[j] = total[j] >> WEIGHT_BITS
-    return result
 
 
 @compiled
-def resample(pixels, plan, side):  # type: ignore[no-untyped-def]
+def resample(pixels, plan, image):  # type: ignore[no-untyped-def]
     """A window of an image, resized as Pillow resizes (bit for bit up to Pillow 13), and of that the square wanted.
 
     Args:
         pixels: (H, W, 3) uint8, contiguous.
         plan: (8,) int64, see ``crops.plan_train``.
-        side: of the square.
-
-    Returns:
-        (side, side, 3) uint8.
+        image: (3, side, side) uint8, the square: the result.
     """
+    side = image.shape[1]
     height, width, new_height, new_width = plan[2], plan[3], plan[4], plan[5]
     y_starts, y_lengths, y_weights = filter_weights(height, new_height, plan[6], side)
     x_starts, x_lengths, x_weights = filter_weights(width, new_width, plan[7], side)
@@ -173,11 +169,17 @@ def resample(pixels, plan, side):  # type: ignore[no-untyped-def]
     # The order of the two passes matters to the last bit, because the result between them is rounded.
     if TALL_FIRST and height > new_height and height - new_height > 2 * (width - new_width):
         columns = x_starts[last] + x_lengths[last] - left
-        lines = resample_height(pixels, plan[1] + left, columns, plan[0], y_starts, y_lengths, y_weights)
-        return resample_width(lines, 0, side, -left, x_starts, x_lengths, x_weights)
+        lines = np.empty((side, columns, 3), np.uint8)
+        flat, flat_lines = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1]), lines.reshape(side, 3 * columns)
+        first = 3 * (plan[1] + left)
+        resample_height(flat, first, 3 * columns, plan[0], y_starts, y_lengths, y_weights, flat_lines)
+        resample_width(lines, 0, side, -left, x_starts, x_lengths, x_weights, image)
+        return
     rows = y_starts[last] + y_lengths[last] - top
-    lines = resample_width(pixels, plan[0] + top, rows, plan[1], x_starts, x_lengths, x_weights)
-    return resample_height(lines, 0, side, -top, y_starts, y_lengths, y_weights)
+    planes = np.empty((3, rows, side), np.uint8)
+    resample_width(pixels, plan[0] + top, rows, plan[1], x_starts, x_lengths, x_weights, planes)
+    for colour in range(3):
+        resample_height(planes[colour], 0, side, -top, y_starts, y_lengths, y_weights, image[colour])
 
 
 @compiled
@@ -213,19 +215,13 @@ def decode_images(data, modes, heights, widths, pointers, sizes, rows, plans, im
                 break
         else:
             pixels = stored.reshape((height, width, 3))
-        top, left = plans[i, 0], plans[i, 1]
         if plans[i, 2] != plans[i, 4] or plans[i, 3] != plans[i, 5]:
-            pixels = resample(pixels, plans[i], side)
-            top, left = 0, 0
-        else:
-            top, left = top + plans[i, 6], left + plans[i, 7]
+            resample(pixels, plans[i], images[i])
+            continue
+        top, left = plans[i, 0] + plans[i, 6], plans[i, 1] + plans[i, 7]
         for y in range(side):
-            line, red, green, blue = (
-                pixels[top + y, left : left + side],
-                images[i, 0, y],
-                images[i, 1, y],
-                images[i, 2, y],
-            )
+            line = pixels[top + y, left : left + side]
+            red, green, blue = images[i, 0, y], images[i, 1, y], images[i, 2, y]
             for x in range(side):
                 red[x], green[x], blue[x] = line[x, 0], line[x, 1], line[x, 2]
     if handle != 0:
