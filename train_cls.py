@@ -13,11 +13,14 @@ Any key of a config file is also a flag, and a flag wins. Results go to a new fo
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once; see idml.runtime.keep_freed_memory
 
 import torch
 from timm.utils import ModelEmaV3

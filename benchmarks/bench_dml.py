@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts do; see idml.runtime.keep_freed_memory
+
 import torch
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from timing import compared, conditions, in_turn, parser, print_comparison, results_path, store

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts do; see idml.runtime.keep_freed_memory
+
 import torch
 from timing import compared, conditions, in_turn, parser, print_comparison, results_path, store
 from torch import Tensor, nn

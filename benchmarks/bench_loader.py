@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts do; see idml.runtime.keep_freed_memory
+
 import numpy as np
 import torch
 from loader_contenders import Contender, cifar_contenders, jpeg_contenders, release

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts do; see idml.runtime.keep_freed_memory
 
 import bench_dml
 import bench_ism

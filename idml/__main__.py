@@ -14,6 +14,7 @@ verify-data --dataset D --data-dir DIR whether a retrieval data set is whole and
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
@@ -42,6 +43,7 @@ def main() -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once; see idml.runtime.keep_freed_memory
     module, function = COMMANDS[name].split(":")
     getattr(importlib.import_module(module), function)(arguments)
 

@@ -16,8 +16,8 @@ from torch import nn
 from idml.distributed import local_rank, world_size
 from idml.errors import UserError
 
-MMAP_MAX, TRIM_THRESHOLD = -4, -1
-"""M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's malloc.h: see mallopt(3)."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h: see mallopt(3)."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,14 +38,15 @@ def choose_device(name: str) -> torch.device:
 def keep_freed_memory(device: torch.device) -> None:
     """Have glibc keep what a step on the CPU frees, for the next step; nothing happens elsewhere.
 
-    By itself it gives large tensors back to the system, which then hands them out again page by page and zeroed: a
-    third of a step of ResNet-50 at 224 pixels (benchmarks/bench_allocator.py). The process holds on to the most it has
-    ever used. Where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is set, the user has decided.
+    By itself it gives large tensors back to the system, which hands them out again page by page and zeroed. Here
+    tensors of up to 32 MiB, the most that glibc allows, are never given back. For larger ones the scripts set
+    THP_MEM_ALLOC_ENABLE before torch is imported: torch then asks for pages of 2 MiB. Figures of both, in time and in
+    memory: docs/speed.md. Where one of glibc's own variables is set, the user has decided.
     """
-    chosen = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    chosen = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not chosen:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_MAX, 0)
+        mallopt(MMAP_THRESHOLD, 32 * 2**20)
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
