@@ -1,6 +1,6 @@
 # Each target is complete on its own: it installs into .venv what is missing, then runs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dml bench-quick test test-faults audit lint docs ffcv-wheel
+.PHONY: help install demo demo-dml bench-quick bench-gpu test test-faults audit lint docs ffcv-wheel
 
 PY := .venv/bin/python
 DEMO := runs/demo
@@ -12,6 +12,7 @@ help:
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
 	@echo "make test-faults  kill runs and damage files, all cases (about 14 minutes)"
 	@echo "make bench-quick  a few ratios of speed against the stored ones (2 minutes); reports, never fails"
+	@echo "make bench-gpu  what is to be measured on a GPU, one benchmark after the other, under 8 minutes each"
 	@echo "make audit     known vulnerabilities of the versions in requirements.lock"
 	@echo "make docs      the pages of docs/ as a site, in build/docs"
 	@echo "make install   only make .venv"
@@ -54,6 +55,14 @@ test-faults: install
 
 bench-quick: install
 	$(PY) benchmarks/bench_quick.py
+
+bench-gpu: install
+	$(PY) benchmarks/bench_gpu.py
+	$(PY) benchmarks/bench_ism.py
+	$(PY) benchmarks/bench_dml.py
+	$(PY) benchmarks/bench_scaling.py
+	$(PY) benchmarks/reproduce.py --suite small --parts classification --model resnet18 --images 60000 \
+		--seeds 1 2 3 4 5 --processes 4 --minutes 7 --no-docs --runs runs/gpu --out benchmarks/results/reproduce-gpu.json
 
 audit: install
 	@.ci/audit

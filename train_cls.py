@@ -368,13 +368,12 @@ def split_perturbed(batch: PerturbedBatch, parts: int) -> list[PerturbedBatch]:
 
 def crop_and_flip(images: Tensor, config: ClsConfig, generator: torch.Generator) -> Tensor:
     """(B, 3, S, S) uint8 -> the same, on the images' device; draws from a CPU generator."""
-    count = len(images)
-    if config.crop_padding:
-        offsets = sample_crop(count, padding=config.crop_padding, generator=generator)
-        images = apply_crop(images, offsets, padding=config.crop_padding)
-    if config.flip:
-        images = apply_flip(images, sample_flip(count, generator=generator))
-    return images
+    count, padding = len(images), config.crop_padding
+    offsets = sample_crop(count, padding=padding, generator=generator) if padding else None
+    flip = sample_flip(count, generator=generator) if config.flip else None
+    if offsets is not None:
+        return apply_crop(images, offsets, padding=padding, flip=flip)
+    return images if flip is None else apply_flip(images, flip)
 
 
 def spoil(

@@ -433,12 +433,12 @@ def crop_and_flip(images: Tensor, data: RetrievalData, generator: torch.Generato
         global_size: images of the whole batch.
     """
     own = slice(distributed.rank(), None, distributed.world_size())
-    if data.crop_padding:
-        offsets = sample_crop(global_size, padding=data.crop_padding, generator=generator)[own]
-        images = apply_crop(images, offsets, padding=data.crop_padding, fill=data.crop_fill)
-    if data.flip:
-        images = apply_flip(images, sample_flip(global_size, generator=generator)[own])
-    return images
+    padding = data.crop_padding
+    offsets = sample_crop(global_size, padding=padding, generator=generator)[own] if padding else None
+    flip = sample_flip(global_size, generator=generator)[own] if data.flip else None
+    if offsets is not None:
+        return apply_crop(images, offsets, padding=padding, fill=data.crop_fill, flip=flip)
+    return images if flip is None else apply_flip(images, flip)
 
 
 def normalised(images: Tensor, config: DmlConfig, preprocessing: Preprocessing) -> Tensor:

@@ -5,10 +5,10 @@
     python benchmarks/bench_dml.py --parts loss --classes 100 11318
 
 Parts:
-    step  ProxyAnchor with Mixup and frozen batch norm (ResNet-50; 224 pixels and a batch of 120 in bf16 on a GPU, 128
-          pixels and 16 in float32 on the CPU). "one forward" is train_dml.py: images and mixed images go through the
-          network together. "two forwards" differs in that alone; "released arithmetic" computes the loss too as the
-          authors' code does. The target is released / one forward >= 1.5.
+    step  ProxyAnchor with Mixup and frozen batch norm (ResNet-50; 224 pixels, batches of 120 and 512 in bf16 on a
+          GPU, 128 pixels and 16 in float32 on the CPU). "one forward" is train_dml.py: images and mixed images go
+          through the network together. "two forwards" differs in that alone; "released arithmetic" computes the loss
+          too as the authors' code does. The target is released / one forward >= 1.5.
     loss  ProxyAnchor forward and backward on a batch of 120 embeddings of 512 + 512 numbers, for 100 to 100,000
           classes: pytorch-metric-learning's, ours with ISM off, live and released, and the released formula restated.
           Seconds, and the most memory it takes beyond embeddings, proxies and their gradients.
@@ -141,9 +141,9 @@ class Training:
         self.guard._noted.clear()
 
 
-def measure_step(device: torch.device, budget: float, *, quick: bool) -> dict[str, Any]:
+def measure_step(device: torch.device, batch: int, budget: float, *, quick: bool) -> dict[str, Any]:
     """A step with one forward pass against one with two."""
-    size, batch = (224, 120) if device.type == "cuda" else (128, 16)
+    size = 224 if device.type == "cuda" else 128
     settings: dict[str, Any] = {"model": "resnet50", "size": size, "batch": batch}
     if quick:
         settings = {"model": "resnet8_cifar", "size": 32, "batch": 8}
@@ -225,6 +225,7 @@ def measure_loss(classes: int, device: torch.device, budget: float, *, quick: bo
 
 def main() -> None:
     options = parser(__doc__, parts=("step", "loss"))
+    options.add_argument("--batches", nargs="+", type=int, default=None, help="default: 120 and 512 on a GPU, 16 here")
     options.add_argument("--classes", nargs="+", type=int, default=None, help="default: 100 1000 11318 100000")
     options.add_argument("--seconds", type=float, default=150, help="that the timed calls of one part may take")
     arguments = options.parse_args()
@@ -234,8 +235,11 @@ def main() -> None:
     keep_freed_memory(device)
     path = results_path("dml", quick=arguments.quick, out=arguments.out)
     if "step" in arguments.parts:
-        made_with = conditions()
-        store(path, f"step, {device.type}", measure_step(device, arguments.seconds, quick=arguments.quick), made_with)
+        batches = arguments.batches or ((120, 512) if device.type == "cuda" else (16,))
+        for batch in batches:
+            made_with = conditions()
+            found = measure_step(device, batch, arguments.seconds / len(batches), quick=arguments.quick)
+            store(path, f"step, {device.type}, {found['batch']} images", found, made_with)
     if "loss" in arguments.parts:
         counts = arguments.classes or ((10, 30) if arguments.quick else CLASSES)
         made_with = conditions()

@@ -148,14 +148,14 @@ def by_count(runs: dict[int, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def counted() -> dict[str, float]:
-    """Floating-point operations an image, and parameters, of ResNet-50 at 224 pixels with a thousand classes.
+def counted(name: str = "resnet50", size: int = 224, classes: int = 1000) -> dict[str, float]:
+    """Floating-point operations an image, and parameters, of a network that takes images of ``size`` pixels.
 
     A product and its sum are two operations. Convolutions and matrix products are counted, as torch does.
     """
     with torch.device("meta"):
-        model = IntrospectiveClassifier(create_backbone("resnet50"), 1000, ism="off")
-        images, labels = torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long)
+        model = IntrospectiveClassifier(create_backbone(name, image_size=size), classes, ism="off")
+        images, labels = torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.long)
     counter = FlopCounterMode(display=False)
     with counter:
         features = model.backbone(images)

@@ -72,10 +72,9 @@ def ours(loader: Any, padding: int, *, to_gpu: bool = False) -> Contender:
     def epoch(number: int) -> Batches:
         generator = torch.Generator().manual_seed(number)
         for images, labels in loader.epoch(number):
-            if padding:
-                offsets = sample_crop(len(images), padding=padding, generator=generator)
-                images = apply_crop(images, offsets, padding=padding)
-            images = apply_flip(images, sample_flip(len(images), generator=generator))
+            offsets = sample_crop(len(images), padding=padding, generator=generator)
+            flip = sample_flip(len(images), generator=generator)
+            images = apply_crop(images, offsets, padding=padding, flip=flip) if padding else apply_flip(images, flip)
             yield normalise(images, IMAGENET_MEAN, IMAGENET_STD), labels
 
     return Contender(epoch, loader)

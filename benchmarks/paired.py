@@ -68,18 +68,18 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def markers(name: str) -> tuple[str, str]:
-    """The lines of a document between which ``name`` is written."""
-    return f"<!-- {name}: written by benchmarks/reproduce.py -->", f"<!-- {name}: end -->"
+def markers(name: str, script: str = "reproduce.py") -> tuple[str, str]:
+    """The lines of a document between which a script of benchmarks/ writes ``name``."""
+    return f"<!-- {name}: written by benchmarks/{script} -->", f"<!-- {name}: end -->"
 
 
-def write_between(path: Path, name: str, body: str) -> None:
+def write_between(path: Path, name: str, body: str, script: str = "reproduce.py") -> None:
     """Replace what stands between the markers of ``name`` in a document; all other text stays.
 
     Raises:
         UserError: there is no such file, or it has not each marker once, in order.
     """
-    begin, end = markers(name)
+    begin, end = markers(name, script)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

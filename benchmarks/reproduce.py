@@ -33,6 +33,7 @@ from paired import write_between
 from reproduce_paper import paper_tables, published_rows, run_rows
 from reproduce_small import (
     CLS_METRICS,
+    CLS_MODEL,
     DML_METRICS,
     Variant,
     classification_variants,
@@ -64,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, help="of classification; default all")
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="of retrieval; default all")
     parser.add_argument("--images", type=int, default=TRAINING_IMAGES, help="Fashion-MNIST training images")
+    parser.add_argument("--model", default=CLS_MODEL, help=f"on Fashion-MNIST; default {CLS_MODEL}")
     parser.add_argument("--epochs", type=int, default=4, help="on Fashion-MNIST")
     parser.add_argument("--emoji", help="the .npz of the emoji pack; default the emoji in the package")
     parser.add_argument("--emoji-epochs", type=int, default=6, help="on emoji")
@@ -81,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/reproduce.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/results.md", help="document that holds the tables")
+    parser.add_argument("--no-docs", action="store_true", help="tables are printed and stored, the document stays")
     parser.add_argument("--quick", action="store_true", help="small: a few steps, one seed, nothing into the document")
     arguments = parser.parse_args(argv)
     arguments.options = options
@@ -106,7 +109,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     if arguments.quick:
         arguments.seeds, arguments.out = arguments.seeds[:1], arguments.out.with_stem(arguments.out.stem + "-quick")
-    elif not arguments.docs.is_file():
+    elif not (arguments.no_docs or arguments.docs.is_file()):
         raise UserError(f"--docs: there is no file {arguments.docs}")
 
 
@@ -145,7 +148,7 @@ def small(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         body = f"{table(rows, plain_of, metrics)}\n\n{about}."
         print(f"\n{part}\n\n{body}", flush=True)
         found[part] = {"rows": rows, "plain_of": plain_of, "about": about, **describe()}
-        if not arguments.quick:
+        if not (arguments.quick or arguments.no_docs):
             picture = arguments.docs.parent / "images" / f"results_{part}.png"
             metric = next(iter(metrics))
             values = {name: values_of(runs, metric) for name, runs in rows.items()}
@@ -171,7 +174,7 @@ def paper(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = run_rows(arguments, folder)
     body = paper_tables(rows, arguments.options)
     print(body)
-    if not arguments.quick:
+    if not (arguments.quick or arguments.no_docs):
         write_between(arguments.docs, "paper", body)
     return {"paper": {"rows": rows, **describe()}}
 

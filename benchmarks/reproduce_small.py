@@ -25,6 +25,9 @@ from idml.resume import with_uncertainty_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 
+CLS_MODEL = "resnet20_cifar"
+"""The network that classification is measured with, unless --model says otherwise."""
+
 ISM_OPTIONS = {
     "plain": ["--ism", "off"],
     "released": ["--ism", "released"],
@@ -73,7 +76,7 @@ def classification_variants(arguments: argparse.Namespace, folder: Path) -> list
     else:
         subset_of_fashion_mnist(folder / "fashion-mnist", arguments.images)
         options = ["--dataset", "fashion-mnist", "--data-dir", str(folder / "fashion-mnist"), "--loader", "torch"]
-        options += ["--model", "resnet20_cifar", "--image-size", "28", "--batch-size", "128"]
+        options += ["--model", arguments.model, "--image-size", "28", "--batch-size", "128"]
         options += ["--epochs", str(arguments.epochs)]
     variants = []
     for name in arguments.methods or METHOD_NAMES:
@@ -83,6 +86,7 @@ def classification_variants(arguments: argparse.Namespace, folder: Path) -> list
             own += ["--uncertainty-loss", "loss-prediction" if foresight else "none"]
         stem = name.replace(FORESIGHT, "-foresight")
         stem += "" if arguments.images == TRAINING_IMAGES else f"-{arguments.images}"
+        stem += "" if arguments.model == CLS_MODEL else f"-{arguments.model}"
         variants.append(Variant(name=name, stem=stem, job=("train_cls.py", own), plain=PLAIN_OF.get(name)))
     return variants
 

@@ -102,6 +102,7 @@ class CifarBackbone(nn.Module):
     num_classes: int
     fc: nn.Module
     feature_info: list[dict[str, int]]
+    drop_rate: float
 
     def _finish(self, num_classes: int, channels: list[int]) -> None:
         """Add the classifier, and draw the weights of the convolutions (normal of variance 2 / fan_out, He 2015).
@@ -140,6 +141,8 @@ class CifarBackbone(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, D, H/4, W/4) -> (B, num_classes), or the (B, D) feature."""
         x = torch.flatten(functional.adaptive_avg_pool2d(x, 1), 1)
+        if self.drop_rate:
+            x = functional.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,13 +220,17 @@ class CifarResNet(CifarBackbone):
         num_classes: length of the output; 0 gives the (B, D) pooled features, D = 64, or 256 with ``bottleneck``.
         in_chans: channels of the image.
         bottleneck: bottleneck blocks instead of basic ones.
+        drop_rate: share of the pooled features that dropout removes in training; timm's train.py passes it always.
 
     Raises:
         ValueError: no network of these blocks has that depth.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, *, bottleneck: bool = False) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_chans: int = 3, *, bottleneck: bool = False, drop_rate: float = 0.0
+    ) -> None:
         super().__init__()
+        self.drop_rate = drop_rate
         blocks_in_stage = blocks_per_stage(depth, bottleneck=bottleneck)
         block: type[BasicBlock] | type[Bottleneck] = Bottleneck if bottleneck else BasicBlock
         self.num_features = 64 * block.expansion

@@ -132,9 +132,17 @@ class PyramidNet(CifarBackbone):
     """
 
     def __init__(
-        self, depth: int, alpha: int, num_classes: int = 10, in_chans: int = 3, *, bottleneck: bool = False
+        self,
+        depth: int,
+        alpha: int,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        *,
+        bottleneck: bool = False,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.drop_rate = drop_rate
         blocks_in_stage = blocks_per_stage(depth, bottleneck=bottleneck)
         if alpha < 1:
             raise ValueError(f"alpha must be at least 1, got {alpha}")

@@ -133,7 +133,7 @@ def test_what_the_ism_costs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_retrieval_step_and_its_loss_cost(tmp_path: Path) -> None:
     parts = run_quick("bench_dml.py", tmp_path / "dml.json", "--device", "cpu")
-    for rows in parts["step, cpu"]["ism"].values():
+    for rows in parts["step, cpu, 8 images"]["ism"].values():
         check_ratios(rows, to="one forward")
     assert list(parts["loss, cpu"]["by_classes"]) == ["10", "30"]
     for figures in parts["loss, cpu"]["by_classes"].values():
@@ -150,6 +150,27 @@ def test_the_curve_of_the_retrieval_figures(tmp_path: Path) -> None:
     assert list(sizes) == ["500", "1000", "2000"]
     assert len(sizes["500"]["seconds"]["ours"]) == 2 and sizes["500"]["peak_gib"] > 0
     assert "more than --limit 0" in sizes["1000"]["skipped"]
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_used_for(tmp_path: Path) -> None:
+    parts = run_quick("bench_gpu.py", tmp_path / "gpu.json", "--device", "cpu", "--peak-tflops", "0.1")
+    rate = parts["rate, cpu"]
+    assert set(rate["variants"]) == {"off", "live", "live, loss prediction"}
+    for row in rate["variants"].values():
+        images = sorted(row["images_per_second"])[1]
+        assert row["n"] == 3 and row["operations_per_second"] == pytest.approx(images * rate["operations_per_image"])
+        assert 0 < row["share_of_matrix_product"] < 1
+        assert row["share_of_data_sheet_peak"] == pytest.approx(row["operations_per_second"] / 1e11)
+    assert {"R@1", "R@1000", "RP", "MAP@R", "NMI"} <= set(parts["figures, cpu"]["metrics"])
+
+
+def test_the_page_of_speed_says_what_is_stored() -> None:
+    paired, speed_page = importlib.import_module("paired"), importlib.import_module("speed_page")
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    for name, make in speed_page.TABLES.items():
+        begin, end = paired.markers(name, speed_page.SCRIPT)
+        assert page.split(begin)[1].split(end)[0].strip() == make().strip(), name
 
 
 @pytest.mark.slow

@@ -244,3 +244,14 @@ def test_bottleneck_as_a_backbone_of_the_classifier() -> None:
     functional.cross_entropy(output.introspective_logits, torch.arange(4)).backward()
     assert model.uncertainty_head.weight.grad.any()
     assert model.backbone.conv1.weight.grad.any()
+
+
+def test_dropout_of_the_pooled_features() -> None:
+    model = build("resnet8_cifar", num_classes=0, drop_rate=0.5)
+    images = fashion_images(8)[0].expand(-1, 3, -1, -1)
+    plain = model.eval()(images)
+    dropped = (model.train().forward_head(torch.ones(8, 64, 8, 8)) == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+    without = build("resnet8_cifar", num_classes=0)
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(without.eval()(images), plain)

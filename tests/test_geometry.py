@@ -56,6 +56,16 @@ def test_crop_equals_torchvision(fashion: Fashion, height: int, width: int, padd
     assert torch.equal(cropped, torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_crop_that_flips_is_a_crop_and_a_flip(fashion: Fashion, dtype: torch.dtype) -> None:
+    images = real_images(fashion, 7, 20).to(dtype)
+    offsets, flip = sample_crop(7, padding=3, generator=generator()), torch.arange(7) % 2 == 0
+    together = apply_crop(images, offsets, padding=3, fill=9, flip=flip)
+    assert torch.equal(together, apply_flip(apply_crop(images, offsets, padding=3, fill=9), flip))
+    with pytest.raises(ValueError, match="batch of 7, got 2"):
+        apply_crop(images, offsets, padding=3, flip=flip[:2])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 28),
