@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from augment import apply_crop, apply_flip, normalise, sample_crop, sample_flip
 from idml.config_cls import parse_cls_config
-from idml.data.beton import BetonSettings
+from idml.data.beton import BetonSettings, import_ffcv
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, fit_square
 from idml.data.image_files import list_class_folders
@@ -116,6 +116,33 @@ def timm_recipe(dataset: Any, batch_size: int, workers: int, size: int) -> Conte
     return Contender(lambda _number: iter(loader), loader)
 
 
+def ffcv_recipe(written: Any, batch_size: int, workers: int, *, padding: int) -> Contender:
+    """FFCV's own loader with its documentation's transforms, on the file that one of our loaders has written."""
+    import_ffcv()
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, RandomTranslate, Squeeze, ToTensor, ToTorchImage
+
+    side = written.image_size
+    crop = [SimpleRGBImageDecoder()] if padding else [RandomResizedCropRGBImageDecoder((side, side))]
+    moved = [RandomTranslate(padding=padding)] if padding else []
+    mean, std = (255 * np.array(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    last = [NormalizeImage(mean, std, np.float32), ToTensor(), ToTorchImage()]
+    pipelines = {
+        "image": [*crop, RandomHorizontalFlip(), *moved, *last],
+        "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+    }
+    loader = Loader(
+        str(written.path),
+        batch_size,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        pipelines=pipelines,
+    )
+    return Contender(lambda _number: iter(loader), loader)
+
+
 def cifar_contenders(folder: Path, count: int) -> dict[str, Callable[[int], Contender]]:
     """What is compared at 32 pixels: the embedded Fashion-MNIST images, as often as it takes, in RGB."""
     data = read_splits(parse_cls_config(["--dataset", "fashion-mnist-mini"], description="")[0]).train
@@ -136,6 +163,9 @@ def cifar_contenders(folder: Path, count: int) -> dict[str, Callable[[int], Cont
             InMemory(images, dataset.labels), CIFAR_BATCH, workers, transforms.RandomCrop(32, padding=PADDING)
         ),
         "timm": lambda workers: timm_recipe(InMemory(images, dataset.labels), CIFAR_BATCH, workers, 32),
+        "FFCV's own": lambda workers: ffcv_recipe(
+            build_loader(dataset, loader="ffcv", workers=1, **shared), CIFAR_BATCH, workers, padding=PADDING
+        ),
         "ours, torch": recipe("torch"),
         "ours, FFCV": recipe("ffcv"),
         f"ours, torch{TO_GPU}": recipe("torch", to_gpu=True),
@@ -176,13 +206,23 @@ def jpeg_contenders(folder: Path, count: int) -> dict[str, Callable[[int], Conte
     shared: dict[str, Any] = {"source": "photos", "split": "train", "verbose": False}
     shared |= {"batch_size": JPEG_BATCH, "image_size": 224, "train": True}
 
+    def places(settings: BetonSettings | None) -> dict[str, Any]:
+        name = "default" if settings is None else f"{settings.mode}-{settings.max_side}"
+        return {"cache_dir": folder / name, "settings": settings}
+
     def recipe(
         kind: LoaderName, settings: BetonSettings | None = None, *, to_gpu: bool = False
     ) -> Callable[[int], Contender]:
-        name = "default" if settings is None else f"{settings.mode}-{settings.max_side}"
-        places: dict[str, Any] = {"cache_dir": folder / name, "settings": settings}
         return lambda workers: ours(
-            build_loader(dataset, loader=kind, workers=workers, **shared, **places), 0, to_gpu=to_gpu
+            build_loader(dataset, loader=kind, workers=workers, **shared, **places(settings)), 0, to_gpu=to_gpu
+        )
+
+    def their_own(settings: BetonSettings | None = None) -> Callable[[int], Contender]:
+        return lambda workers: ffcv_recipe(
+            build_loader(dataset, loader="ffcv", workers=1, **shared, **places(settings)),
+            JPEG_BATCH,
+            workers,
+            padding=0,
         )
 
     return {
@@ -190,11 +230,14 @@ def jpeg_contenders(folder: Path, count: int) -> dict[str, Callable[[int], Conte
             ImageFolder(photos), JPEG_BATCH, workers, transforms.RandomResizedCrop(224)
         ),
         "timm": lambda workers: timm_recipe(ImageFolder(photos), JPEG_BATCH, workers, 224),
+        "FFCV's own": their_own(),
+        "FFCV's own, raw": their_own(BetonSettings(mode="raw")),
+        "FFCV's own, raw, 400": their_own(BetonSettings(mode="raw", max_side=400)),
         "ours, torch": recipe("torch"),
         "ours, FFCV": recipe("ffcv"),
-        "ours, FFCV raw": recipe("ffcv", BetonSettings(mode="raw")),
-        "ours, FFCV raw, 400": recipe("ffcv", BetonSettings(mode="raw", max_side=400)),
+        "ours, FFCV, raw": recipe("ffcv", BetonSettings(mode="raw")),
+        "ours, FFCV, raw, 400": recipe("ffcv", BetonSettings(mode="raw", max_side=400)),
         f"ours, torch{TO_GPU}": recipe("torch", to_gpu=True),
         f"ours, FFCV{TO_GPU}": recipe("ffcv", to_gpu=True),
-        f"ours, FFCV raw{TO_GPU}": recipe("ffcv", BetonSettings(mode="raw"), to_gpu=True),
+        f"ours, FFCV, raw{TO_GPU}": recipe("ffcv", BetonSettings(mode="raw"), to_gpu=True),
     }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench_loader import PEERS, SAME_FILE
 from paired import markdown_table, write_between
 from timing import RESULTS
 
@@ -105,7 +106,7 @@ def loader(kind: str) -> Callable[[], str]:
         measured = {key: value for key, value in part.items() if key.endswith("workers")}
         head = [""]
         for workers in measured:
-            head += [f"images/s, {workers}", "x torchvision", "x timm", "CPU ms an image"]
+            head += [f"images/s, {workers}", "x torchvision", "x timm", "x FFCV's own", "CPU ms an image"]
         rows = []
         for name in next(iter(measured.values()))["rows"]:
             cells = [name]
@@ -113,7 +114,7 @@ def loader(kind: str) -> Callable[[], str]:
                 row = each["rows"][name]
                 times = row["times_as_fast_as"]
                 cells += [f"{sorted(row['images_per_second'])[len(row['images_per_second']) // 2]:,.0f}"]
-                cells += [f"{times[peer]['ratio']:.1f}" for peer in ("torchvision", "timm")]
+                cells += [f"{times[peer]['ratio']:.1f}" if peer in times else "-" for peer in (*PEERS, SAME_FILE)]
                 cells += [f"{1000 * row['cpu_seconds_per_image']:.3f}"]
             rows.append(cells)
         return f"{markdown_table(head, rows)}\n\n{part['images']:,} images; n = {part['rounds']} epochs; {about(part)}"
