@@ -59,6 +59,9 @@ kernels.link(lambda name: ctypes.cast(getattr(libffcv, name), ctypes.c_void_p).v
 
 T = TypeVar("T")
 
+PART_BYTES = 2**19
+"""Of a batch's images, that a thread gets at least: for less, handing it over takes longer than decoding."""
+
 BATCHES_AHEAD = 3
 """Batches being decoded while one is used; FFCV's own default."""
 
@@ -298,9 +301,10 @@ class FfcvLoader(DealtBatches):
         shape = (len(indices), 3, self.image_size, self.image_size)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
         labels = torch.from_numpy(self.dataset.labels[indices])
-        bounds = np.linspace(0, len(indices), min(self._workers, len(indices)) + 1, dtype=np.int64)
         draw = epoch if self.train else None
         target = images.numpy()
+        count = min(self._workers, len(indices), max(images.numel() // PART_BYTES, 1))
+        bounds = [number * len(indices) // count for number in range(count + 1)]
         parts = [
             self._pool.submit(self._decode, indices[start:end], draw, target[start:end])
             for start, end in itertools.pairwise(bounds)

@@ -112,20 +112,21 @@ class _Batches(Dataset):
 
     def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int, fit: Fit) -> None:
         self.dataset, self.image_size, self.train, self.seed, self.fit = dataset, image_size, train, seed, fit
+        # (N, C, S, S), so that a batch is N copies of what lies together. No copy where that is its order already.
+        self.planes = None if dataset.images is None else np.ascontiguousarray(dataset.images.transpose(0, 3, 1, 2))
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | TrainingError:
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor] | TrainingError:
         # An error is handed over and raised by ``TorchLoader``: torch would wrap it in a worker's traceback.
         try:
-            return self.fetch(keys[0][0], np.array([index for _, index in keys]))
+            return self.fetch(*batch)
         except TrainingError as error:
             return error
 
     def fetch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) uint8 and labels (B,)."""
         labels = torch.from_numpy(self.dataset.labels[indices])
-        if self.dataset.images is not None:
-            images = torch.from_numpy(self.dataset.images[indices]).permute(0, 3, 1, 2)
-            return images.expand(-1, 3, -1, -1).contiguous(), labels
+        if self.planes is not None:
+            return torch.from_numpy(self.planes.take(indices, axis=0)).expand(-1, 3, -1, -1).contiguous(), labels
         return torch.stack([self._decode(int(index), epoch) for index in indices]), labels
 
     def _decode(self, index: int, epoch: int) -> Tensor:
@@ -143,7 +144,7 @@ class _Batches(Dataset):
 
 
 class _EpochBatchSampler:
-    """Yields the batches of ``self.epoch`` from ``self.start`` on, as (epoch, index) pairs: workers know the epoch."""
+    """Yields the batches of ``self.epoch`` from ``self.start`` on, as (epoch, indices): workers know the epoch."""
 
     def __init__(self, loader: TorchLoader) -> None:
         self.loader, self.epoch, self.start = loader, 0, 0
@@ -151,9 +152,9 @@ class _EpochBatchSampler:
     def __len__(self) -> int:
         return len(self.loader) - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for batch in self.loader.batches(self.epoch)[self.start :]:
-            yield [(self.epoch, int(index)) for index in batch]
+            yield self.epoch, batch
 
 
 def _identity(batch: Any) -> Any:
@@ -196,9 +197,9 @@ class TorchLoader(DealtBatches):
         self._sampler = _EpochBatchSampler(self)
         workers = workers if dataset.paths is not None else 0
         self._fetch = _Batches(dataset, image_size, train, seed, fit)
-        self._loader = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             self._fetch,
-            batch_sampler=self._sampler,
+            batch_sampler=self._sampler,  # type: ignore[arg-type]  # torch passes on whatever it yields
             collate_fn=_identity,
             num_workers=workers,
             persistent_workers=workers > 0,
