@@ -25,12 +25,15 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """Commit of this source tree, with ``-dirty`` when it has changes; None outside a git checkout."""
+    """Commit of this source tree, with ``-dirty`` when it has changes; None outside a git checkout.
+
+    Figures that benchmarks have stored in the tree do not count as changes of it.
+    """
     folder = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"],
             cwd=folder,
             capture_output=True,
             text=True,
