@@ -221,7 +221,7 @@ def measure(
         rounds = 3 if quick else None
         rows = compared(in_turn(steps, budget=budget, rounds=rounds, warmup=4, device=device), to="off")
         profiled = {
-            name: dearest(trainings[name], device, 2 if quick or on_cpu else 10)
+            name: dearest(trainings[name], device, 2 if quick else 10)
             for name in ("off", "live", "live, loss prediction")
         }
         waited = {name: waits(training) for name, training in trainings.items()}

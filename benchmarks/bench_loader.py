@@ -15,8 +15,8 @@ cifar  32-pixel RGB images in memory, crop with 4 pixels of padding and flip (ti
 jpeg   500-pixel JPEGs, made from the 20 ImageNet photos of the package foolbox by cropping, resizing and mirroring;
        random resized crop to 224 and flip, batches of 64
 
-"FFCV's own" is ffcv.Loader with its documentation's transforms, on the file that ours reads; it has turns of its own
-with ours alone, in another process.
+"FFCV's own" is ffcv.Loader with its documentation's transforms, on the file that ours reads; it is measured
+afterwards, in another process.
 ours, FFCV is what a run with --loader ffcv does by itself (JPEG files byte for byte); "raw" is the default of
 `idml ffcv-write`; "raw, 400" reduces images to 400 pixels, so that crops are no longer those of the files. "to GPU"
 stops at the bytes that our loaders give: with a GPU, cropping small images, flipping and normalising are done there.
@@ -97,11 +97,10 @@ def measure(make: dict[str, Callable[[int], Contender]], workers: int, rounds: i
         row["images_per_second"] = [row["images"] / taken.wall for taken in found[name]]
         row["cpu_seconds_per_image"] = float(np.median([taken.cpu / row["images"] for taken in found[name]]))
         row["times_as_fast_as"] = {}
-        for label, peer in {**dict(zip(PEERS, PEERS, strict=True)), SAME_FILE: counterpart(name)}.items():
-            if peer in rows:
-                share = rows[peer]["images"] / row["images"]  # an epoch may drop the last batch
-                pairs = [(t.wall / share, o.wall) for t, o in zip(found[peer], found[name], strict=True)]
-                row["times_as_fast_as"][label] = ratios(pairs)
+        for peer in rows.keys() & PEERS:
+            share = rows[peer]["images"] / row["images"]  # an epoch may drop the last batch
+            pairs = [(t.wall / share, o.wall) for t, o in zip(found[peer], found[name], strict=True)]
+            row["times_as_fast_as"][peer] = ratios(pairs)
     return rows
 
 
@@ -175,9 +174,9 @@ def main() -> None:
                 rows = measure({name: build for name, build in make.items() if name not in theirs}, workers, rounds)
                 for name, build in theirs.items():
                     own = next(each for each in make if counterpart(each) == name)
-                    pair = in_a_child(partial(measure, {name: build, own: make[own]}, workers, rounds))
-                    rows[name] = pair[name]
-                    rows[own]["times_as_fast_as"][SAME_FILE] = pair[own]["times_as_fast_as"][SAME_FILE]
+                    rows[name] = in_a_child(partial(measure, {name: build}, workers, rounds))[name]
+                    speeds = (rows[each]["images_per_second"] for each in (own, name))
+                    rows[own]["times_as_fast_as"][SAME_FILE] = ratios(list(zip(*speeds, strict=True)))
                 title = (
                     f"{part}, {count} images, {workers} worker(s), n = {rounds} epochs in turn, {made_with['hardware']}"
                 )

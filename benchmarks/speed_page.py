@@ -106,7 +106,8 @@ def loader(kind: str) -> Callable[[], str]:
         measured = {key: value for key, value in part.items() if key.endswith("workers")}
         head = [""]
         for workers in measured:
-            head += [f"images/s, {workers}", "x torchvision", "x timm", "x FFCV's own", "CPU ms an image"]
+            head += [f"images/s, {workers.replace('1 workers', '1 worker')}", "x torchvision", "x timm"]
+            head += ["x FFCV's own", "CPU ms an image"]
         rows = []
         for name in next(iter(measured.values()))["rows"]:
             cells = [name]
@@ -156,13 +157,12 @@ def retrieval_step() -> str:
     """A retrieval step with Mixup."""
     (part,) = (each for name, each in parts_of("dml").items() if name.startswith("step"))
     rows = [
-        [f"ISM {ism}: {name}", f"{1000 * row['seconds']:.0f}", interval(row)]
+        [f"ISM {ism}: {name}", f"{1000 * row['seconds']:.0f}", interval(row), str(row["n"])]
         for ism, found in part["ism"].items()
         for name, row in found.items()
     ]
-    n = part["ism"]["live"]["one forward"]["n"]
-    text = f"{part['model']}, {part['batch']} images of {part['size']} pixels; n = {n} rounds; {about(part)}"
-    return f"{markdown_table(['', 'ms a step', '/ one forward (95 %)'], rows)}\n\n{text}"
+    text = f"{part['model']}, {part['batch']} images of {part['size']} pixels; {about(part)}"
+    return f"{markdown_table(['', 'ms a step', '/ one forward (95 %)', 'n'], rows)}\n\n{text}"
 
 
 def loss() -> str:
@@ -174,9 +174,9 @@ def loss() -> str:
         cells = [f"{found['classes']:,}"]
         for name in names:
             row = found["losses"][name]
-            cells.append(f"{1000 * row['seconds']:.2f} ms, x {row['ratio']:.2f}, {row['peak_mib']:,.1f} MiB")
+            cells.append(f"{1000 * row['seconds']:.1f} ms, x {interval(row, 2)}, {row['peak_mib']:,.1f} MiB")
         rows.append(cells)
-    return f"{markdown_table([*head, *names], rows)}\n\nx: of the time of off, in the same round; {about(part)}"
+    return f"{markdown_table([*head, *names], rows)}\n\nx: of the time of off, in the same round (95 %); {about(part)}"
 
 
 def curve() -> str:
@@ -192,7 +192,7 @@ def curve() -> str:
         rows.append([f"{int(count):,}", f"{seconds:.2f}", ratio, f"{row['peak_gib']:.2f}"])
     head = ["points of 128 numbers", "s", "x pytorch-metric-learning", "most GiB of the process so far"]
     command = f"`python benchmarks/bench_retrieval_metrics.py --parts curve`; commit {part['commit'][:9]}"
-    return f"{markdown_table(head, rows)}\n\nOne point in ten is of each class's ten; {part['hardware']}; {command}."
+    return f"{markdown_table(head, rows)}\n\nTen points to a class; {part['hardware']}; {command}."
 
 
 def quick() -> str:
