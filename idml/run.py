@@ -99,7 +99,11 @@ class Run:
             except OSError as error:
                 raise UserError(f"cannot write to the run directory {self.directory}: {error.strerror}") from None
         purge_from = None if stored is None else stored["step"] + 1
-        self._log = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_from, max_queue=QUEUED_EVENTS)
+        folder = self.directory / "tensorboard"
+        # TensorBoard reads files in the order of their names, which begin with the second and go on with what has none.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
+        self._log = SummaryWriter(str(folder), purge_step=purge_from, max_queue=QUEUED_EVENTS)
 
     def _repair(self) -> None:
         """Bring the files of a run that was cut off to where its checkpoint is: nothing torn, nothing twice."""

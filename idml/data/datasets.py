@@ -23,6 +23,7 @@ from idml.data.imagenet import LAYOUT as IMAGENET_LAYOUT
 from idml.data.imagenet import read_imagenet
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.random_state import generator_kept
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -116,7 +117,8 @@ _IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 def read_digits(config: ClsConfig) -> SourceData:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; every fifth image of a class is for the test."""
-    from sklearn.datasets import load_digits
+    with generator_kept():
+        from sklearn.datasets import load_digits
 
     size = config.image_size or 32
     bunch = load_digits()
