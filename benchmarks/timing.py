@@ -124,14 +124,15 @@ def ratios(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def conditions() -> dict[str, Any]:
-    """What a measurement was made with and on."""
+    """What a measurement was made with and on; of paths in the command only the last part."""
+    arguments = [Path(text).name if "/" in text and not text.startswith("-") else text for text in sys.argv[1:]]
     return {
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "versions": versions(),
         "commit": git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
     }
 
 
