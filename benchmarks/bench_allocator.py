@@ -1,6 +1,6 @@
 """What a training step on the CPU costs with and without `idml.runtime.keep_freed_memory`.
 
-    python benchmarks/bench_allocator.py              about 4 minutes on 2 cores
+    python benchmarks/bench_allocator.py              about 7 minutes on 2 cores
     python benchmarks/bench_allocator.py --quick
 
 The settings hold for a process once and for all, so each alternative is a process of its own; they take turns. "Huge
@@ -63,7 +63,8 @@ def measure(network: tuple[str, int, int, int], rounds: int, threads: int) -> di
     """All ways in turn, each time in a new process."""
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for number in range(rounds):
-        for way in [*WAYS][number % 3 :] + [*WAYS][: number % 3]:
+        first = number % len(WAYS)
+        for way in [*WAYS][first:] + [*WAYS][:first]:
             command = [sys.executable, __file__, "--child", json.dumps([*network, way, threads])]
             environment = os.environ | {"THP_MEM_ALLOC_ENABLE": WAYS[way]}
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """An epoch of training end to end, and the start-up: ours against the scripts that a user would take instead.
 
     python benchmarks/bench_train.py                                   ours and a loop written by hand
-    python benchmarks/bench_train.py --cutmix-pytorch DIR --timm DIR --torchvision DIR     and those, about 8 minutes
+    python benchmarks/bench_train.py --cutmix-pytorch DIR --timm DIR --torchvision DIR     and those, about 12 minutes
     python benchmarks/bench_train.py --quick
 
 Fetch the peers first, they are not part of this project: github.com/clovaai/CutMix-PyTorch,

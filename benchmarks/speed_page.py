@@ -38,7 +38,12 @@ def about(part: Part) -> str:
     """What the figures of a table were measured on and with."""
     versions = ", ".join(f"{name} {part['versions'][name]}" for name in ("torch", "timm", "ffcv"))
     command = re.sub(r"(--(?:cutmix-pytorch|timm|torchvision)) \S+", r"\1 DIR", part["command"])
-    return f"{part['hardware']}; {versions}; commit {part['commit'][:9]}; `{command}`."
+    return f"{part['hardware']}; {versions}; commit {short(part['commit'])}; `{command}`."
+
+
+def short(commit: str) -> str:
+    """A commit's first letters, and whether the tree had changes."""
+    return commit[:9] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def interval(row: Mapping[str, Any], digits: int = 3) -> str:
@@ -191,7 +196,7 @@ def curve() -> str:
         ratio = f"{row['ratios']['pml to ours']:.1f}" if row["ratios"] else "-"
         rows.append([f"{int(count):,}", f"{seconds:.2f}", ratio, f"{row['peak_gib']:.2f}"])
     head = ["points of 128 numbers", "s", "x pytorch-metric-learning", "most GiB of the process so far"]
-    command = f"`python benchmarks/bench_retrieval_metrics.py --parts curve`; commit {part['commit'][:9]}"
+    command = f"`python benchmarks/bench_retrieval_metrics.py --parts curve`; commit {short(part['commit'])}"
     return f"{markdown_table(head, rows)}\n\nTen points to a class; {part['hardware']}; {command}."
 
 
