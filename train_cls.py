@@ -145,7 +145,8 @@ def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
         arguments=parse_model_kwargs(config),
     )
     if config.pretrained not in (None, "timm") and config.resume is None:
-        load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
+        allowed = config.pretrained_allow_missing or ()
+        load_weights(backbone, config.pretrained, key=config.pretrained_key, allow_missing=allowed)
     return IntrospectiveClassifier(
         backbone,
         len(data.train.classes),

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from idml import lite0
+from idml.distributed import is_main
 from idml.errors import UserError
+from idml.torch_file import load_torch_file
+from idml.weights import find_group, misfit, problems_of, told
 
 CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -20,17 +23,18 @@ CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
 }
 """What every checkpoint has, and of what type."""
 
-OWN_HEADS = ("classifier", "semantic_head", "uncertainty_head", "directions", "calibration", "search_calibration")
-"""What this project's models have beside a backbone."""
 
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]:
     """A checkpoint of this project: ``model`` (state), ``config``, ``classes``, ``preprocessing`` and the rest.
+
+    Args:
+        path: of the file.
+        lazily: see ``load_torch_file``.
 
     Raises:
         UserError: there is no such file, it is damaged, or it is something else.
     """
-    checkpoint = load_tensors(Path(path))
+    checkpoint = load_tensors(Path(path), lazily=lazily)
     if missing := wrong_entries(checkpoint, CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: {missing}")
     return checkpoint
@@ -44,65 +48,77 @@ def wrong_entries(content: Mapping[str, Any], expected: Mapping[str, type | tupl
     return "; ".join(problems + [f"its {key} is a {type(content[key]).__name__}" for key in others])
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """The content of a .safetensors file, or of a .pth/.pt file that holds tensors and plain values only."""
+def load_tensors(path: Path, *, foreign: bool = False, lazily: bool = False) -> dict[str, Any]:
+    """The content of a .safetensors file, or of a .pth/.pt file that holds tensors and plain values only.
+
+    Args:
+        path: of the file.
+        foreign, lazily: see ``load_torch_file``.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is something else.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the file in it")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler that is fed damaged bytes may raise anything
-        # Torch goes on to advise what would run the file's code.
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" In PyTorch")[0]
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from None
+        except Exception as error:  # a reader that is fed damaged bytes may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} is damaged, or holds more than tensors: {reason}") from None
+    content = load_torch_file(path, foreign=foreign, lazily=lazily)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dictionary of tensors, got a {type(content).__name__}")
     return content
 
 
-def load_weights(backbone: nn.Module, path: str | Path, *, allow_missing: Sequence[str] = ()) -> None:
-    """Load a file of weights into a backbone: a bare state, or one under ``state_dict`` or ``model``.
+def weights_file(pretrained: str | Path) -> Path:
+    """The file that ``--pretrained`` means: a path, or the package of ``idml.lite0``.
 
-    Names may have a ``module.`` or ``backbone.`` before them. Weights of the file's own classifier (the name that timm
-    records for the architecture) are not needed and left out.
+    Raises:
+        UserError: the package is meant, and not installed.
+    """
+    path = Path(pretrained)
+    return lite0.package_file() if lite0.is_package(str(pretrained)) and not path.exists() else path
+
+
+def load_weights(
+    backbone: nn.Module, pretrained: str | Path, *, key: str | None = None, allow_missing: Sequence[str] = ()
+) -> None:
+    """Load a file of weights into a backbone; rank 0 prints a line that says which of its tensors were taken.
+
+    Where the tensors are in the file, and what wrappers have put before their names, is found out by their names (see
+    ``idml.weights``). Weights of the file's own classifier (the name that timm records for the architecture) are not
+    needed and left out.
 
     Args:
         backbone: changed in place, only when everything fits.
-        path: .pth, .pt or .safetensors.
+        pretrained: a .pth, .pt or .safetensors file, or the package of ``idml.lite0``.
+        key: the entry of the file to take, ``state_dict`` for example; by default an average (EMA) before others.
         allow_missing: prefixes of names that the file may lack, have in another shape, or have too many.
 
     Raises:
-        UserError: the file cannot be read, or names or shapes differ (the first ten are told).
+        UserError: the file cannot be read, there is no such key, or names or shapes differ (the first ten are listed).
     """
-    content: Mapping[str, Any] = load_tensors(Path(path))
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-    weights = {_bare(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    path = weights_file(pretrained)
+    content = load_tensors(path, foreign=True)
     own = backbone.state_dict()
-    classifiers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    group, others = find_group(content, own, key, path)
+    weights, about = dict(group.tensors), getattr(backbone, "pretrained_cfg", None) or {}
+    architecture = about.get("architecture") or type(backbone).__name__
+    if lite0.has_these_names(weights):
+        weights = lite0.renamed(weights, architecture, path)
+    classifiers = about.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    ignored = (*(f"{name}." for name in (*classifiers, *OWN_HEADS)), "directions")
 
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is not in the model" for name in weights if name not in own and not name.startswith(ignored)]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    ]
-    problems = sorted(problem for problem in problems if not problem.startswith(tuple(allow_missing) or ("\0",)))
+    problems = problems_of(weights, own, tuple(f"{name}." for name in classifiers))
+    problems = [problem for problem in problems if not problem.startswith(tuple(allow_missing) or ("\0",))]
     if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(
-            f"{path} does not fit the model: {'; '.join(problems[:10])}{more}. To go on with random weights in their "
-            "place, name their prefixes with --pretrained-allow-missing"
-        )
+        raise UserError(f"{path} does not fit the model {architecture}: {misfit(problems, group, own, content)}")
     fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
     backbone.load_state_dict(fitting, strict=False)
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
-    return name.removeprefix("module.").removeprefix("backbone.")
+    if is_main():
+        unused = [*(name for name in weights if name not in fitting), *group.left_out]
+        print(told(group, others, unused, path), flush=True)

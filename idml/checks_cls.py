@@ -94,7 +94,7 @@ def warn_without_effect(config: ClsConfig, defaults: ClsConfig, given: set[str])
     if config.dataset not in ("fashion-mnist", "cifar10", "cifar100"):
         unused["download"] = f"dataset {config.dataset} is not downloaded"
     if config.pretrained in (None, "timm"):
-        unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
+        unused |= dict.fromkeys(("pretrained_key", "pretrained_allow_missing"), "there is no --pretrained FILE")
     unused |= unused_saving(config) | unused_uncertainty(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"

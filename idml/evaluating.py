@@ -86,7 +86,8 @@ def _dml_config(config: Mapping[str, Any]) -> DmlConfig:
     """A checkpoint's config as it was in its run, as far as this version knows its options."""
     known = {field.name for field in dataclasses.fields(DmlConfig)}
     stored = with_uncertainty_loss(config)
-    return build_config(DmlConfig, {name: value for name, value in stored.items() if name in known})
+    values = {name: value for name, value in stored.items() if name in known}
+    return build_config(DmlConfig, values | {"pretrained": None})  # that file may be gone by now
 
 
 def of_folder(collection: Collection, model: TrainedModel, split: str | None) -> Tested:

@@ -168,9 +168,9 @@ def describe(model: TrainedModel, input_type: InputType) -> dict[str, Any]:
     """What somebody who has the exported file alone must know, as plain values."""
     spec, square = model.spec, model.spec.preprocessing
     size, top = square.image_size, 255 if input_type == "uint8" else 1
-    resized = round(size * 256 / 224)
     fitted = {
-        "crop": f"shorter side resized to {resized} pixels (bilinear, antialiased), centre of {size} x {size} cropped",
+        "crop": f"shorter side resized to {square.resized_side} pixels ({square.interpolation}, antialiased), "
+        f"centre of {size} x {size} cropped",
         "whole": f"central square brought to {size} x {size} pixels: up to 4 missing pixels are padded with zeros, "
         "evenly, else it is resized (bilinear, antialiased)",
     }

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet, GoogLeNet_Weights
 from torchvision.models import googlenet as torchvision_googlenet
 
 from idml.cifar_resnet import through_stages
+from idml.data.image_dataset import CROP_SHARE, IMAGENET_MEAN, IMAGENET_STD
 
 
 class GoogLeNetBackbone(GoogLeNet):
@@ -64,6 +65,23 @@ class GoogLeNetBackbone(GoogLeNet):
         return self.forward_head(self.forward_features(x))
 
 
+WEIGHTS = GoogLeNet_Weights.IMAGENET1K_V1
+
+default_cfgs = generate_default_cfgs(
+    {
+        "googlenet.tv_in1k": {
+            "url": WEIGHTS.url,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "interpolation": "bilinear",
+            "crop_pct": CROP_SHARE,
+            "classifier": "fc",
+        }
+    }
+)
+"""Where timm looks what images the weights expect."""
+
+
 @register_model
 def googlenet(pretrained: bool = False, num_classes: int = 0, dropout: float = 0.0, **unused: Any) -> nn.Module:
     """GoogLeNet; ``pretrained`` downloads torchvision's ImageNet weights, of which the classifiers are left out."""
@@ -72,7 +90,7 @@ def googlenet(pretrained: bool = False, num_classes: int = 0, dropout: float = 0
         raise TypeError(f"googlenet takes num_classes and dropout, got {', '.join(sorted(set(unused) - known))}")
     model = GoogLeNetBackbone(num_classes, dropout)
     if pretrained:
-        source = torchvision_googlenet(weights=GoogLeNet_Weights.IMAGENET1K_V1)
+        source = torchvision_googlenet(weights=WEIGHTS)
         own = model.state_dict()
         state = source.state_dict()
         model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)

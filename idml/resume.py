@@ -49,7 +49,8 @@ MAY_CHANGE = {
     *("workers", "loader", "cache_dir", "data_dir", "train_dir", "val_dir", "csv", "download", "skip_bad_images"),
     *("device", "gpu", "threads", "compile", "tf32", "channels_last", "deterministic", "grad_accum"),
     *("output_dir", "expname", "remark", "wandb", "log_every", "verbose", "eval_only", "checkpoint"),
-    *("pretrained", "pretrained_allow_missing", "batch_size_per_gpu"),  # the weights are those of the checkpoint
+    # The weights are those of the checkpoint.
+    *("pretrained", "pretrained_key", "pretrained_allow_missing", "batch_size_per_gpu"),
 }
 """Options that a run may be gone on with another value of. The images are compared by themselves."""
 

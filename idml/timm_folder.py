@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from idml.backbones import timm_arguments
 from idml.checkpoint import load_tensors
-from idml.data.torch_loader import EVAL_RESIZE
 from idml.errors import UserError
 from idml.models import IntrospectiveClassifier
 from idml.trained import HEADS, WEIGHTS, TrainedModel
@@ -69,8 +68,8 @@ def write_timm_folder(model: TrainedModel, folder: Path, about: Mapping[str, Any
         "input_size": (3, square.image_size, square.image_size),
         "mean": square.mean,
         "std": square.std,
-        "interpolation": "bilinear",
-        "crop_pct": 1 / EVAL_RESIZE if square.fit == "crop" else 1.0,
+        "interpolation": square.interpolation if square.fit == "crop" else "bilinear",
+        "crop_pct": square.crop_share if square.fit == "crop" else 1.0,
         "crop_mode": "center",
     }
     try:

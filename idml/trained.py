@@ -147,8 +147,7 @@ class TrainedModel:
         Raises:
             UserError: an image is of another kind, shape or range than ``Images`` says.
         """
-        size, fit = self.spec.preprocessing.image_size, self.spec.preprocessing.fit
-        return torch.stack([as_evaluated(image, size, fit) for image in as_pil(images)])
+        return torch.stack([as_evaluated(image, self.spec.preprocessing) for image in as_pil(images)])
 
     @torch.inference_mode()
     def outputs(self, images: Tensor) -> ClassifierOutput | EmbedderOutput:
@@ -238,6 +237,8 @@ class TrainedModel:
             rank=rank,
             world_size=world_size,
             fit=square.fit,
+            crop_share=square.crop_share,
+            interpolation=square.interpolation,
         )
 
     def embed_dataset(self, dataset: ImageDataset, *, batch_size: int = 64, workers: int = 0) -> Iterator[Embeddings]:

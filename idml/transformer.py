@@ -22,6 +22,7 @@ from torch import Tensor
 from idml.data.image_dataset import DataSplits, ImageDataset, Preprocessing, hold_out, read_rgb
 from idml.data.torch_loader import as_evaluated
 from idml.errors import UserError
+from idml.pretrained import with_weights_preprocessing
 from idml.random_state import random_state, set_random_state
 from idml.trained import Embeddings, as_pil, load
 
@@ -155,8 +156,9 @@ class IntrospectiveTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
         config, _ = parse_cls_config(self._arguments(), description="")
         size = self.image_size or _usual_size(images)
-        square = Preprocessing(image_size=size, fit="whole")
-        pixels = torch.stack([as_evaluated(as_pil(_opened(image))[0], size, square.fit) for image in images])
+        whole_images = Preprocessing(image_size=size, fit="whole")
+        square = with_weights_preprocessing(whole_images, config, verbose=self.verbose)
+        pixels = torch.stack([as_evaluated(as_pil(_opened(image))[0], square) for image in images])
         names = tuple(str(name) for name in self.classes_)
         whole = ImageDataset(labels=labels, classes=names, images=pixels.permute(0, 2, 3, 1).numpy())
         train, val = hold_out(whole, config.val_fraction, config.seed) if config.val_fraction else (whole, None)

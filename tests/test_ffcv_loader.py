@@ -151,6 +151,23 @@ def test_photos_are_cropped_and_resized_the_same(
         assert (mean, largest) == (0, 0) if EXACT else (mean < 0.1 and largest <= 1)
 
 
+@pytest.mark.parametrize(("share", "interpolation"), [(0.95, "bicubic"), (1.0, "bilinear"), (0.5, "bicubic")])
+def test_evaluation_as_weights_expect_it_is_the_same(
+    photos: ImageDataset, photo_beton: Callable, share: float, interpolation: Any
+) -> None:
+    """Another crop and filter than the usual ones are those of the torch loader, and training knows nothing of them."""
+    arguments = {"batch_size": 5, "image_size": 96, "seed": 1}
+    expected = {"crop_share": share, "interpolation": interpolation}
+    path = photo_beton(BetonSettings(mode="unchanged"))
+    mean, largest = differences(pair(photos, path, train=False, **arguments, **expected))
+    assert (mean, largest) == (0, 0) if EXACT else (mean < 0.1 and largest <= 1)
+    loader = import_ffcv().FfcvLoader
+    usual = loader(photos, beton=path, train=False, **arguments)
+    assert differences((usual, loader(photos, beton=path, train=False, **arguments, **expected)))[0] > 1
+    usual = loader(photos, beton=path, train=True, **arguments)
+    assert differences((usual, loader(photos, beton=path, train=True, **arguments, **expected))) == (0, 0)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_encoded_photos_are_close(photos: ImageDataset, photo_beton: Callable, train: bool) -> None:
     for quality in (90, 95):

@@ -37,33 +37,44 @@ def assert_as_pillow(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours.astype(int) - theirs).max() <= allowed
 
 
-def resampled(kernels: ModuleType, pixels: np.ndarray, plan: np.ndarray, side: int) -> np.ndarray:
+FILTERS = pytest.mark.parametrize("filter", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+
+
+def resampled(
+    kernels: ModuleType, pixels: np.ndarray, plan: np.ndarray, side: int, filter: Image.Resampling
+) -> np.ndarray:
     planes = np.empty((3, side, side), np.uint8)
-    kernels.resample(pixels, plan, planes)
+    kernels.resample(pixels, plan, planes, filter == Image.Resampling.BICUBIC)
     return planes.transpose(1, 2, 0)
 
 
-def test_windows_are_resized_as_pillow_does(kernels: ModuleType) -> None:
+@FILTERS
+@pytest.mark.parametrize("pixels", [PHOTO, (PHOTO > 127).astype(np.uint8) * 255], ids=["photo", "black and white"])
+def test_windows_are_resized_as_pillow_does(kernels: ModuleType, filter: Image.Resampling, pixels: np.ndarray) -> None:
+    """Beside edges of black and white a cubic goes below 0 and above 255."""
     rng = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(200):
         height, width = rng.integers(1, 427), rng.integers(1, 640)
         top, left = rng.integers(0, 427 - height + 1), rng.integers(0, 640 - width + 1)
-        window = Image.fromarray(PHOTO[top : top + height, left : left + width])
+        window = Image.fromarray(pixels[top : top + height, left : left + width])
         new_height, new_width = (int(size) for size in rng.integers(8, 260, 2))
         side = min(new_height, new_width)
         y, x = rng.integers(0, new_height - side + 1), rng.integers(0, new_width - side + 1)
-        theirs = np.asarray(window.resize((new_width, new_height), Image.Resampling.BILINEAR))
+        theirs = np.asarray(window.resize((new_width, new_height), filter))
         plan = np.array([top, left, height, width, new_height, new_width, y, x])
-        assert_as_pillow(resampled(kernels, PHOTO, plan, side), theirs[y : y + side, x : x + side])
+        assert_as_pillow(resampled(kernels, pixels, plan, side, filter), theirs[y : y + side, x : x + side])
 
 
+@FILTERS
 @pytest.mark.parametrize("size", [(20, 5), (5, 20), (20, 10), (21, 10), (19, 10), (10, 10), (1, 1)])
-def test_small_images_around_the_change_of_order(kernels: ModuleType, size: tuple[int, int]) -> None:
+def test_small_images_around_the_change_of_order(
+    kernels: ModuleType, size: tuple[int, int], filter: Image.Resampling
+) -> None:
     image = Image.fromarray(np.ascontiguousarray(PHOTO[100 : 100 + size[0], 200 : 200 + size[1]]))
     for new in [(new_height, new_width) for new_height in range(4, 24) for new_width in range(4, 24)]:
-        theirs = np.asarray(image.resize((new[1], new[0]), Image.Resampling.BILINEAR))
+        theirs = np.asarray(image.resize((new[1], new[0]), filter))
         side = min(new)
-        ours = resampled(kernels, np.asarray(image), np.array([0, 0, *size, *new, 0, 0]), side)
+        ours = resampled(kernels, np.asarray(image), np.array([0, 0, *size, *new, 0, 0]), side, filter)
         assert_as_pillow(ours, theirs[:side, :side])
 
 
@@ -81,7 +92,7 @@ def test_jpegs_are_decoded_as_pillow_does(kernels: ModuleType, options: dict[str
     columns = np.array([[kernels.JPEG] * 2, [101] * 2, [99] * 2, [0, sizes[0]], sizes])
     plan = np.array([[1, 2, 98, 97, 98, 97, 0, 0]] * 2)
     images = np.zeros((2, 3, 64, 64), np.uint8)
-    assert kernels.decode_images(data, *columns, np.array([1, 0]), plan, images) == -1
+    assert kernels.decode_images(data, *columns, np.array([1, 0]), plan, images, False) == -1
     for one, image in zip(reversed(stored), images, strict=True):
         theirs = np.asarray(Image.open(io.BytesIO(one)))[1:65, 2:66]
         np.testing.assert_array_equal(image.transpose(1, 2, 0), theirs)
@@ -93,7 +104,7 @@ def test_damaged_jpeg_is_reported_by_its_place(kernels: ModuleType) -> None:
     columns = np.array([[kernels.JPEG] * 2, [64] * 2, [64] * 2, [0, len(whole)], [len(whole), len(whole) // 2]])
     plan = np.array([[0, 0, 64, 64, 64, 64, 0, 0]] * 3)
     images = np.zeros((3, 3, 64, 64), np.uint8)
-    assert kernels.decode_images(data, *columns, np.array([0, 0, 1]), plan, images) == 2
+    assert kernels.decode_images(data, *columns, np.array([0, 0, 1]), plan, images, False) == 2
 
 
 def test_address_is_that_of_the_library(kernels: ModuleType) -> None:

@@ -139,6 +139,9 @@ def _bytes(source: Path) -> int:
 def as_text(about: Mapping[str, Any]) -> str:
     """What ``describe_model`` gave, a line each."""
     square, score, classes = about["preprocessing"], about["score"], about["classes"]
+    fitted = square["fit"]
+    if fitted == "crop":
+        fitted += f" of {square['crop_share']:g}, {square['interpolation']}"
     parts = ", ".join(f"{name} {count:,}" for name, count in about["parameters"].items() if name != "all")
     more = ", ..." if len(classes) > SHOWN_CLASSES else ""
     ism = about["ism"] + (f", {about['uncertainty_loss']}" if about["uncertainty_loss"] != "none" else "")
@@ -151,7 +154,7 @@ def as_text(about: Mapping[str, Any]) -> str:
         "parameters": f"{about['parameters']['all']:,} ({parts})",
         "embedding": f"{about['embedding_size']} semantic, {about['uncertainty_dim'] or 'no'} uncertainty dimensions",
         "classes": f"{len(classes)} trained on: {', '.join(classes[:SHOWN_CLASSES])}{more}",
-        "images": f"{square['image_size']} x {square['image_size']} ({square['fit']}), mean "
+        "images": f"{square['image_size']} x {square['image_size']} ({fitted}), mean "
         f"{' '.join(f'{value:.4f}' for value in square['mean'])}, std "
         f"{' '.join(f'{value:.4f}' for value in square['std'])}",
         "data set": about["dataset"] or "not known",

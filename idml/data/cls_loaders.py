@@ -43,6 +43,8 @@ def build_cls_loaders(data: DataSplits, config: ClsConfig, *, pin_memory: bool) 
         "rank": rank(),
         "world_size": world_size(),
         "pin_memory": pin_memory,
+        "crop_share": data.preprocessing.crop_share,
+        "interpolation": data.preprocessing.interpolation,
     }
     evaluation: dict[str, Any] = {"batch_size": EVAL_BATCH_SIZE, "image_size": size, "train": False, **shared}
     training: dict[str, Any] = {

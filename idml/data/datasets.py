@@ -23,6 +23,7 @@ from idml.data.imagenet import LAYOUT as IMAGENET_LAYOUT
 from idml.data.imagenet import read_imagenet
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.pretrained import with_weights_preprocessing
 from idml.random_state import generator_kept
 
 FASHION_CLASSES = (
@@ -231,11 +232,13 @@ def read_splits(config: ClsConfig) -> DataSplits:
     """The data that a config asks for, checked for what would make training fail or mean nothing.
 
     Where the config leaves ``image_size``, ``flip`` and ``crop_padding`` open, the data set's own values are filled in.
+    Images are prepared as the run's weights expect them (see ``with_weights_preprocessing``).
     ``--val-fraction`` holds images out of the training images: as validation split, or, where the data set has no test
     split, as the test images.
 
     Raises:
-        UserError: data missing or damaged, one class only, an empty class, fewer images than a batch.
+        UserError: data missing or damaged, one class only, an empty class, fewer images than a batch; or the run's
+            weights cannot be read.
     """
     source = READERS[config.dataset](config)
     train, test, val = source.train, source.test, None
@@ -253,7 +256,8 @@ def read_splits(config: ClsConfig) -> DataSplits:
     config.image_size = source.preprocessing.image_size
     config.flip = source.flip if config.flip is None else config.flip
     config.crop_padding = source.crop_padding if config.crop_padding is None else config.crop_padding
-    return DataSplits(train=train, test=test, val=val, preprocessing=source.preprocessing)
+    preprocessing = with_weights_preprocessing(source.preprocessing, config)
+    return DataSplits(train=train, test=test, val=val, preprocessing=preprocessing)
 
 
 def _check_labels(dataset: ImageDataset, name: str) -> None:

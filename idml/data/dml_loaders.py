@@ -39,6 +39,8 @@ def build_dml_loaders(data: RetrievalData, config: DmlConfig, *, pin_memory: boo
         "rank": rank(),
         "world_size": world_size(),
         "pin_memory": pin_memory,
+        "crop_share": data.preprocessing.crop_share,
+        "interpolation": data.preprocessing.interpolation,
     }
     training = {"batch_size": config.batch_size, "train": True, "seed": config.seed, "per_class": config.IPC, **shared}
     evaluation = {"batch_size": EVAL_BATCH_SIZE, "train": False, **shared}

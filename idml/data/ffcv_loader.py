@@ -31,8 +31,8 @@ from torch import Tensor
 
 from idml.data import crops, kernels
 from idml.data.beton import check_beton
-from idml.data.image_dataset import ImageDataset
-from idml.data.torch_loader import CROP_SCALE, EVAL_RESIZE, DealtBatches
+from idml.data.image_dataset import CROP_SHARE, ImageDataset, Interpolation, Preprocessing
+from idml.data.torch_loader import CROP_SCALE, DealtBatches
 from idml.errors import TrainingError, UserError
 
 # FFCV sets torch to one thread when it is imported, and spends seconds compiling a typed dictionary of two entries that
@@ -170,7 +170,7 @@ def decodes(data: bytes, height: int, width: int) -> bool:
     stored = np.frombuffer(data, np.uint8)
     columns = [np.array([value], np.int64) for value in (kernels.JPEG, height, width, 0, len(data), 0)]
     plan = np.array([[0, 0, height, width, height, width, 0, 0]], np.int64)
-    return kernels.decode_images(stored, *columns, plan, np.empty((1, 3, 1, 1), np.uint8)) < 0
+    return kernels.decode_images(stored, *columns, plan, np.empty((1, 3, 1, 1), np.uint8), False) < 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -249,10 +249,13 @@ class FfcvLoader(DealtBatches):
         pin_memory: bool = False,
         rows: np.ndarray | None = None,
         per_class: int | None = None,
+        crop_share: float = CROP_SHARE,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
         self.rank, self.world_size, self.per_class = rank, world_size, per_class
         self.path, self.image_size = beton, image_size
+        self._preprocessing = Preprocessing(image_size=image_size, crop_share=crop_share, interpolation=interpolation)
         self.sidecar = check_beton(beton, dataset.classes, len(dataset) if rows is None else None)
         self._beton = open_beton(beton)
         self._rows = np.arange(len(dataset)) if rows is None else rows
@@ -313,16 +316,17 @@ class FfcvLoader(DealtBatches):
 
     def _decode(self, indices: np.ndarray, epoch: int | None, images: np.ndarray) -> None:
         """Fill ``images`` (B, 3, S, S) with those at ``indices``: cropped at random in ``epoch``, or for evaluation."""
-        rows, beton, side = self._rows[indices], self._beton, images.shape[2]
+        rows, beton, side, cubic = self._rows[indices], self._beton, images.shape[2], False
         if self.dataset.images is not None:
             plan = crops.plan_whole(side, len(rows))
         elif epoch is not None:
             sizes = beton.heights[rows], beton.widths[rows]
             plan = kernels.plan_train(*sizes, indices, self.seed, epoch, side, *CROP_SCALE)
         else:
-            plan = kernels.plan_eval(beton.heights[rows], beton.widths[rows], side, round(side * EVAL_RESIZE))
+            resized, cubic = self._preprocessing.resized_side, self._preprocessing.interpolation == "bicubic"
+            plan = kernels.plan_eval(beton.heights[rows], beton.widths[rows], side, resized)
         stored = beton.data, beton.modes, beton.heights, beton.widths, beton.pointers, beton.sizes
-        failed = kernels.decode_images(*stored, rows, plan, images)
+        failed = kernels.decode_images(*stored, rows, plan, images, cubic)
         if failed >= 0:
             raise TrainingError(f"image {rows[failed]} in {self.path} does not decode; write the file again")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per-channel statistics of ImageNet in [0, 1], as timm and torchvision use them."""
 
+CROP_SHARE = 224 / 256
+"""Side of the central crop at evaluation, as a share of the shorter side that it is cut from (He et al. 2016)."""
+
 Fit = Literal["crop", "whole"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +69,37 @@ class Preprocessing:
         mean, std: per channel, of images scaled to [0, 1].
         fit: how an image becomes a square of that size in evaluation. ``"crop"``: resized, and its centre cropped, as
             photos are; ``"whole"``: all of it, padded or resized, as in the data sets of small square images.
+        crop_share: of ``"crop"``: the side of the crop as a share of the shorter side after resizing, in (0, 1].
+        interpolation: of ``"crop"``: Pillow's filter by which an image is resized; it is widened when shrinking.
+
+    Raises:
+        ValueError: a value is out of its range, as in a file that somebody has changed.
     """
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     fit: Fit = "crop"
+    crop_share: float = CROP_SHARE
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"expected a {name} of three numbers, got {values}")
+        if not min(self.std) > 0:
+            raise ValueError(f"expected a std of positive numbers, got {self.std}")
+        if not 0 < self.crop_share <= 1:
+            raise ValueError(f"expected a crop_share between 0 and 1, got {self.crop_share}")
+        for name, kinds in (("fit", get_args(Fit)), ("interpolation", get_args(Interpolation))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"expected {name} {' or '.join(kinds)}, got {getattr(self, name)!r}")
+
+    @property
+    def resized_side(self) -> int:
+        """Pixels of the shorter side that ``"crop"`` resizes an image to."""
+        return round(self.image_size / self.crop_share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

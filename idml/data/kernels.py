@@ -78,20 +78,23 @@ plan_eval = compiled(crops.plan_eval)
 
 
 @compiled
-def filter_weights(size: int, new_size: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of a triangle filter along one axis, widened when shrinking, as Pillow's BILINEAR has them.
+def filter_weights(
+    size: int, new_size: int, first: int, count: int, cubic: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of a filter along one axis, widened when shrinking, as Pillow has them.
 
     Args:
         size, new_size: of the axis, before and after.
         first, count: which of the new pixels are wanted.
+        cubic: Pillow's BICUBIC, Keys' (1981) cubic with a = -0.5; else BILINEAR, a triangle.
 
     Returns:
         For each wanted pixel the first old pixel and the number of them, (count,) int32, and their weights,
         (count, most) int32 in units of 2^-WEIGHT_BITS.
     """
     scale = size / new_size
-    support = max(scale, 1.0)
-    inverse = 1.0 / support
+    inverse = 1.0 / max(scale, 1.0)
+    support = (2.0 if cubic else 1.0) * max(scale, 1.0)
     starts, lengths = np.empty(count, np.int32), np.empty(count, np.int32)
     weights = np.zeros((count, int(math.ceil(support)) * 2 + 1), np.int32)
     exact = np.empty(weights.shape[1], np.float64)
@@ -101,21 +104,33 @@ def filter_weights(size: int, new_size: int, first: int, count: int) -> tuple[np
         length = min(int(center + support + 0.5), size) - start
         total = 0.0
         for k in range(length):
-            exact[k] = max(1.0 - abs((k + start - center + 0.5) * inverse), 0.0)
+            distance = abs((k + start - center + 0.5) * inverse)
+            if not cubic:
+                exact[k] = max(1.0 - distance, 0.0)
+            elif distance < 1.0:
+                exact[k] = (1.5 * distance - 2.5) * distance * distance + 1.0
+            elif distance < 2.0:
+                exact[k] = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+            else:
+                exact[k] = 0.0
             total += exact[k]
         for k in range(length):
-            weights[i, k] = int(0.5 + exact[k] / total * (1 << WEIGHT_BITS))
+            weight = exact[k] / total * (1 << WEIGHT_BITS)
+            weights[i, k] = int(weight + 0.5) if weight >= 0.0 else int(weight - 0.5)
         starts[i], lengths[i] = start, length
     return starts, lengths, weights
 
 
 @compiled
-def resample_width(pixels, top, count, left, starts, lengths, weights, result):  # type: ignore[no-untyped-def]
+def resample_width(  # type: ignore[no-untyped-def]
+    pixels, top, count, left, starts, lengths, weights, cubic, result
+):
     """``count`` rows from ``top`` on of (H, W, 3) uint8 pixels, filtered along the width.
 
-    ``result`` gets them as (3, count, len(starts)) uint8, one plane for each colour, as the batch has them.
+    ``result`` gets them as (3, count, len(starts)) uint8, one plane for each colour, as the batch has them. Only
+    a cubic can leave the range of a byte.
     """
-    half, one = np.int32(1 << (WEIGHT_BITS - 1)), np.uint64(1)
+    half, one, largest = np.int32(1 << (WEIGHT_BITS - 1)), np.uint64(1), np.int32((256 << WEIGHT_BITS) - 1)
     for y in range(count):
         line = pixels[top + y].reshape(3 * pixels.shape[1])
         reds, greens, blues = result[0, y], result[1, y], result[2, y]
@@ -128,11 +143,16 @@ def resample_width(pixels, top, count, left, starts, lengths, weights, result): 
                 green = np.int32(green + np.int32(line[place + one]) * weight)
                 blue = np.int32(blue + np.int32(line[place + one + one]) * weight)
                 place += one + one + one
+            if cubic:
+                red, green, blue = max(red, np.int32(0)), max(green, np.int32(0)), max(blue, np.int32(0))
+                red, green, blue = min(red, largest), min(green, largest), min(blue, largest)
             reds[x], greens[x], blues[x] = red >> WEIGHT_BITS, green >> WEIGHT_BITS, blue >> WEIGHT_BITS
 
 
 @compiled
-def resample_height(pixels, left, count, top, starts, lengths, weights, result):  # type: ignore[no-untyped-def]
+def resample_height(  # type: ignore[no-untyped-def]
+    pixels, left, count, top, starts, lengths, weights, cubic, result
+):
     """``count`` columns from ``left`` on of (H, W) uint8 numbers, filtered along the height.
 
     ``result`` gets them as (len(starts), count) uint8. The sum runs over whole lines, so that it becomes vector code;
@@ -148,23 +168,28 @@ def resample_height(pixels, left, count, top, starts, lengths, weights, result):
             for j in range(count):
                 total[j] += np.int32(line[j]) * weight
         line = result[y]
-        for j in range(count):
-            line[j] = total[j] >> WEIGHT_BITS
+        if cubic:
+            for j in range(count):
+                line[j] = min(max(total[j] >> WEIGHT_BITS, 0), 255)
+        else:
+            for j in range(count):
+                line[j] = total[j] >> WEIGHT_BITS
 
 
 @compiled
-def resample(pixels, plan, image):  # type: ignore[no-untyped-def]
+def resample(pixels, plan, image, cubic):  # type: ignore[no-untyped-def]
     """A window of an image, resized as Pillow resizes (bit for bit up to Pillow 13), and of that the square wanted.
 
     Args:
         pixels: (H, W, 3) uint8, contiguous.
         plan: (8,) int64, see ``crops.plan_train``.
         image: (3, side, side) uint8, the square: the result.
+        cubic: see ``filter_weights``.
     """
     side = image.shape[1]
     height, width, new_height, new_width = plan[2], plan[3], plan[4], plan[5]
-    y_starts, y_lengths, y_weights = filter_weights(height, new_height, plan[6], side)
-    x_starts, x_lengths, x_weights = filter_weights(width, new_width, plan[7], side)
+    y_starts, y_lengths, y_weights = filter_weights(height, new_height, plan[6], side, cubic)
+    x_starts, x_lengths, x_weights = filter_weights(width, new_width, plan[7], side, cubic)
     top, left, last = y_starts[0], x_starts[0], side - 1
     # The order of the two passes matters to the last bit, because the result between them is rounded.
     if TALL_FIRST and height > new_height and height - new_height > 2 * (width - new_width):
@@ -172,18 +197,20 @@ def resample(pixels, plan, image):  # type: ignore[no-untyped-def]
         lines = np.empty((side, columns, 3), np.uint8)
         flat, flat_lines = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1]), lines.reshape(side, 3 * columns)
         first = 3 * (plan[1] + left)
-        resample_height(flat, first, 3 * columns, plan[0], y_starts, y_lengths, y_weights, flat_lines)
-        resample_width(lines, 0, side, -left, x_starts, x_lengths, x_weights, image)
+        resample_height(flat, first, 3 * columns, plan[0], y_starts, y_lengths, y_weights, cubic, flat_lines)
+        resample_width(lines, 0, side, -left, x_starts, x_lengths, x_weights, cubic, image)
         return
     rows = y_starts[last] + y_lengths[last] - top
     planes = np.empty((3, rows, side), np.uint8)
-    resample_width(pixels, plan[0] + top, rows, plan[1], x_starts, x_lengths, x_weights, planes)
+    resample_width(pixels, plan[0] + top, rows, plan[1], x_starts, x_lengths, x_weights, cubic, planes)
     for colour in range(3):
-        resample_height(planes[colour], 0, side, -top, y_starts, y_lengths, y_weights, image[colour])
+        resample_height(planes[colour], 0, side, -top, y_starts, y_lengths, y_weights, cubic, image[colour])
 
 
 @compiled
-def decode_images(data, modes, heights, widths, pointers, sizes, rows, plans, images):  # type: ignore[no-untyped-def]
+def decode_images(  # type: ignore[no-untyped-def]
+    data, modes, heights, widths, pointers, sizes, rows, plans, images, cubic
+):
     """Decode, crop and resize images of a .beton.
 
     Args:
@@ -192,6 +219,7 @@ def decode_images(data, modes, heights, widths, pointers, sizes, rows, plans, im
         rows: (B,) int64, the images wanted.
         plans: (B, 8) int64, see ``crops.plan_train``.
         images: (B, 3, S, S) uint8, the result.
+        cubic: resize by Pillow's BICUBIC in place of its BILINEAR.
 
     Returns:
         The position in ``rows`` of the first image that does not decode, or -1.
@@ -216,7 +244,7 @@ def decode_images(data, modes, heights, widths, pointers, sizes, rows, plans, im
         else:
             pixels = stored.reshape((height, width, 3))
         if plans[i, 2] != plans[i, 4] or plans[i, 3] != plans[i, 5]:
-            resample(pixels, plans[i], images[i])
+            resample(pixels, plans[i], images[i], cubic)
             continue
         top, left = plans[i, 0] + plans[i, 6], plans[i, 1] + plans[i, 7]
         for y in range(side):

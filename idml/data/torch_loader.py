@@ -15,10 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from idml.data.crops import random_resized_crop
-from idml.data.image_dataset import Fit, ImageDataset, fit_square, read_rgb
+from idml.data.image_dataset import (
+    CROP_SHARE,
+    Fit,
+    ImageDataset,
+    Interpolation,
+    Preprocessing,
+    fit_square,
+    read_rgb,
+)
 from idml.data.sampling import (
     balanced_batches,
     eval_batches,
@@ -30,23 +39,21 @@ from idml.data.sampling import (
 from idml.errors import TrainingError
 from idml.signals import worker_init
 
-EVAL_RESIZE = 256 / 224
-"""At evaluation the shorter side becomes this times the input size, then the centre is cropped (He et al. 2016)."""
-
 CROP_SCALE = (0.08, 1.0)
 """Share of the area in a random resized crop (Szegedy et al. 2015; torchvision's default)."""
 
 
-def as_evaluated(image: Image.Image, size: int, fit: Fit) -> Tensor:
-    """(3, size, size) uint8: an RGB image as evaluation shows it to a model.
+def as_evaluated(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """(3, S, S) uint8: an RGB image as evaluation shows it to a model; not yet normalised.
 
     Args:
         image: of any size.
-        size: in pixels.
-        fit: see ``Preprocessing``. Of an image that is no square, "whole" takes the central square.
+        preprocessing: gives S and how to get there. Of an image that is no square, "whole" takes the central square.
     """
-    if fit == "crop":
-        image = transforms.resize(image, [round(size * EVAL_RESIZE)])
+    size = preprocessing.image_size
+    if preprocessing.fit == "crop":
+        filter_mode = InterpolationMode(preprocessing.interpolation)
+        image = transforms.resize(image, [preprocessing.resized_side], interpolation=filter_mode)
         return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
     square = transforms.center_crop(image, [min(image.size)] * 2)
     return torch.from_numpy(fit_square(np.array(square)[None], size)[0]).permute(2, 0, 1).contiguous()
@@ -110,8 +117,8 @@ class DealtBatches:
 class _Batches(Dataset):
     """Fetches whole batches: one array lookup for images in memory, else one decoded file after the other."""
 
-    def __init__(self, dataset: ImageDataset, image_size: int, train: bool, seed: int, fit: Fit) -> None:
-        self.dataset, self.image_size, self.train, self.seed, self.fit = dataset, image_size, train, seed, fit
+    def __init__(self, dataset: ImageDataset, preprocessing: Preprocessing, train: bool, seed: int) -> None:
+        self.dataset, self.preprocessing, self.train, self.seed = dataset, preprocessing, train, seed
         # (N, C, S, S), so that a batch is N copies of what lies together. No copy where that is its order already.
         self.planes = None if dataset.images is None else np.ascontiguousarray(dataset.images.transpose(0, 3, 1, 2))
 
@@ -137,9 +144,9 @@ class _Batches(Dataset):
         except (OSError, ValueError, SyntaxError) as error:
             raise TrainingError(f"{self.dataset.paths[index]} could not be read during training: {error}") from None
         if not self.train:
-            return as_evaluated(image, self.image_size, self.fit)
+            return as_evaluated(image, self.preprocessing)
         top, left, height, width = random_resized_crop(image.height, image.width, self.seed, epoch, index, *CROP_SCALE)
-        size = [self.image_size, self.image_size]
+        size = [self.preprocessing.image_size] * 2
         return transforms.pil_to_tensor(transforms.resized_crop(image, top, left, height, width, size, antialias=True))
 
 
@@ -174,7 +181,7 @@ class TorchLoader(DealtBatches):
         rank, world_size: this process and how many there are.
         pin_memory: page-locked batches, for copies to a GPU that do not block.
         per_class: in training, images of each class in a batch (see ``balanced_batches``); None: random batches.
-        fit: at evaluation, how a file becomes a square (see ``Preprocessing``).
+        fit, crop_share, interpolation: at evaluation, how a file becomes a square (see ``Preprocessing``).
     """
 
     def __init__(
@@ -191,12 +198,17 @@ class TorchLoader(DealtBatches):
         pin_memory: bool = False,
         per_class: int | None = None,
         fit: Fit = "crop",
+        crop_share: float = CROP_SHARE,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
         self.rank, self.world_size, self.per_class = rank, world_size, per_class
         self._sampler = _EpochBatchSampler(self)
         workers = workers if dataset.paths is not None else 0
-        self._fetch = _Batches(dataset, image_size, train, seed, fit)
+        preprocessing = Preprocessing(
+            image_size=image_size, fit=fit, crop_share=crop_share, interpolation=interpolation
+        )
+        self._fetch = _Batches(dataset, preprocessing, train, seed)
         self._loader: DataLoader[Any] = DataLoader(
             self._fetch,
             batch_sampler=self._sampler,  # type: ignore[arg-type]  # torch passes on whatever it yields
