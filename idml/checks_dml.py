@@ -15,7 +15,7 @@ from idml.resume import check_saving, unused_saving
 IN_PACKAGE = ("emoji-mini",)
 """Data sets that come with an installed package: small, and in memory in any case."""
 
-IN_MEMORY = (*IN_PACKAGE, "emoji")
+IN_MEMORY = (*IN_PACKAGE, "emoji", "icons")
 
 if TYPE_CHECKING:
     from idml.config_dml import DmlConfig
@@ -32,6 +32,7 @@ def check_ranges(config: DmlConfig) -> None:
         "bn_freeze": (0, 1),
         "image_size": (8, math.inf),
         "test_fraction": (0.01, 0.99),
+        "min_families": (1, math.inf),
         "val_fraction": (0, 0.9),
         "workers": (0, math.inf),
         "crop_padding": (0, math.inf),
@@ -93,10 +94,12 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused["cache_dir"] = "the loader is torch, not FFCV"
     if config.dataset not in ("folder", "csv"):
         unused["test_fraction"] = f"dataset {config.dataset} has its own classes to test on"
+    if config.dataset != "icons":
+        unused["min_families"] = f"it belongs to dataset icons, not {config.dataset}"
     if config.dataset != "csv":
         unused["csv"] = f"it belongs to dataset csv, not {config.dataset}"
     if config.pretrained in (None, "timm"):
-        unused["pretrained_allow_missing"] = "there is no --pretrained FILE"
+        unused |= dict.fromkeys(("pretrained_key", "pretrained_allow_missing"), "there is no --pretrained FILE")
     if config.device == "cpu":
         unused["gpu"] = "--device cpu asks for none"
     unused |= unused_saving(config) | unused_uncertainty(config)

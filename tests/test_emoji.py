@@ -13,13 +13,12 @@ import pytest
 from idml.data.emoji import (
     EMOJI_MEAN,
     EMOJI_STD,
-    EmojiPack,
     load_embedded,
     read_emoji,
     read_emoji_mini,
-    split_classes,
     vendor_families,
 )
+from idml.data.packs import Pack, split_classes
 from idml.data.retrieval_data import RetrievalData
 from idml.errors import UserError
 
@@ -32,7 +31,7 @@ def config(data_dir: Path | None = None, image_size: int | None = None) -> Simpl
 
 
 @pytest.fixture(scope="module")
-def pack() -> EmojiPack:
+def pack() -> Pack:
     return load_embedded()
 
 
@@ -42,7 +41,7 @@ def mini() -> RetrievalData:
 
 
 @pytest.fixture
-def arrays(pack: EmojiPack) -> dict[str, np.ndarray]:
+def arrays(pack: Pack) -> dict[str, np.ndarray]:
     """The first 20 classes of emoji-mini in the layout of a whole pack, sorted by class as such packs are."""
     chosen = np.flatnonzero(pack.labels < 20)
     chosen = chosen[np.argsort(pack.labels[chosen], kind="stable")]
@@ -58,7 +57,7 @@ def arrays(pack: EmojiPack) -> dict[str, np.ndarray]:
     }
 
 
-def test_every_embedded_class_is_drawn_once_by_each_of_the_permissive_vendors(pack: EmojiPack) -> None:
+def test_every_embedded_class_is_drawn_once_by_each_of_the_permissive_vendors(pack: Pack) -> None:
     assert len(pack.classes) >= 300 and len(set(pack.classes)) == len(pack.classes)
     assert pack.vendors == PERMISSIVE
     assert (FOLDER / "emoji_mini.npz").stat().st_size <= 4_000_000
@@ -83,7 +82,7 @@ def test_the_licence_file_has_the_versions_of_the_build_script() -> None:
     assert f"{6 * CLASSES:,} drawings of {CLASSES} emoji" in text
 
 
-def test_drawings_are_on_white_not_blank_and_no_two_classes_look_alike(pack: EmojiPack) -> None:
+def test_drawings_are_on_white_not_blank_and_no_two_classes_look_alike(pack: Pack) -> None:
     corners = pack.images[:, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(len(pack.images), -1)
     assert ((corners == 255).all(1)).mean() > 0.9, "some fill the square"
     inked = (pack.images[:, ::2, ::2, 1] < 250).mean((1, 2))
@@ -96,7 +95,7 @@ def test_drawings_are_on_white_not_blank_and_no_two_classes_look_alike(pack: Emo
         assert min(nearest) > 1, pack.vendors[vendor]
 
 
-def test_classes_of_training_and_test_are_apart_and_cover_all(mini: RetrievalData, pack: EmojiPack) -> None:
+def test_classes_of_training_and_test_are_apart_and_cover_all(mini: RetrievalData, pack: Pack) -> None:
     assert not set(mini.train.classes) & set(mini.test.classes)
     assert set(mini.train.classes) | set(mini.test.classes) == set(pack.classes)
     for part in (mini.train, mini.test):
@@ -135,7 +134,7 @@ def test_both_halves_have_every_category(mini: RetrievalData) -> None:
     assert all(abs(shares[0][topic] - shares[1][topic]) < 0.06 for topic in shares[0])
 
 
-def test_families_join_the_sets_of_one_vendor(mini: RetrievalData, pack: EmojiPack) -> None:
+def test_families_join_the_sets_of_one_vendor(mini: RetrievalData, pack: Pack) -> None:
     names = ("emojione", "emojione-v1", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto", "noto-v1", "openmoji")
     ids = vendor_families(names).tolist()
     assert [ids[0] == ids[1], ids[2] == ids[3], ids[5] == ids[6]] == [True] * 3

@@ -153,7 +153,8 @@ def _classification_images(config: Mapping[str, Any]) -> Collection:
     from idml.data.datasets import read_splits
 
     known = {field.name for field in dataclasses.fields(ClsConfig)}
-    data = read_splits(build_config(ClsConfig, {name: value for name, value in config.items() if name in known}))
+    values = {name: value for name, value in config.items() if name in known}
+    data = read_splits(build_config(ClsConfig, values | {"pretrained": None}))  # that file may be gone by now
     parts = {"train": data.train, "val": data.val, "test": data.test}
     return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))
 
@@ -164,7 +165,8 @@ def _retrieval_images(config: Mapping[str, Any]) -> Collection:
     from idml.data.retrieval_datasets import read_retrieval_data
 
     known = {field.name for field in dataclasses.fields(DmlConfig)}
-    data = read_retrieval_data(build_config(DmlConfig, {name: config[name] for name in known if name in config}))
+    values = {name: config[name] for name in known if name in config}
+    data = read_retrieval_data(build_config(DmlConfig, values | {"pretrained": None}))
     parts = {"train": data.train, "val": data.val, "test": data.test, "gallery": data.gallery}
     return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))
 

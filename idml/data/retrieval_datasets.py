@@ -10,6 +10,7 @@ import numpy as np
 
 from idml.config_dml import DmlConfig, default_ks
 from idml.data.emoji import read_emoji, read_emoji_mini
+from idml.data.icons import read_icons
 from idml.data.image_dataset import ImageDataset
 from idml.data.retrieval_data import RetrievalData, hold_out_classes
 from idml.data.retrieval_folder import read_csv, read_folder
@@ -17,6 +18,7 @@ from idml.data.retrieval_readers import read_cars, read_cub, read_inshop, read_s
 from idml.distributed import is_main, world_size
 from idml.errors import UserError
 from idml.losses import LOSSES
+from idml.pretrained import with_weights_preprocessing
 
 READERS: Mapping[str, Callable[[DmlConfig], RetrievalData]] = {
     "cub": read_cub,
@@ -27,15 +29,19 @@ READERS: Mapping[str, Callable[[DmlConfig], RetrievalData]] = {
     "csv": read_csv,
     "emoji-mini": read_emoji_mini,
     "emoji": read_emoji,
+    "icons": read_icons,
 }
 
 
 def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     """The data of a config; where it leaves ``image_size``, ``flip`` and ``crop_padding`` open, they are filled in.
 
+    Images are prepared as the run's weights expect them (see ``with_weights_preprocessing``).
+
     Raises:
         UserError: data missing or damaged, fewer than two classes on a side, no class with two test images, fewer
-            images than a batch, fewer classes than a class-balanced batch has, fewer test images than a K of R@K.
+            images than a batch, fewer classes than a class-balanced batch has, fewer test images than a K of R@K; or
+            the run's weights cannot be read.
     """
     data = READERS[config.dataset](config)
     _check_classes(data.train, "training")
@@ -70,7 +76,8 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     config.image_size = data.preprocessing.image_size
     config.flip = data.flip if config.flip is None else config.flip
     config.crop_padding = data.crop_padding if config.crop_padding is None else config.crop_padding
-    return dataclasses.replace(data, flip=config.flip, crop_padding=config.crop_padding)
+    preprocessing = with_weights_preprocessing(data.preprocessing, config)
+    return dataclasses.replace(data, preprocessing=preprocessing, flip=config.flip, crop_padding=config.crop_padding)
 
 
 def _warn_of_lonely_batches(train: ImageDataset, config: DmlConfig) -> None:

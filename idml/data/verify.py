@@ -22,7 +22,7 @@ from idml.data.retrieval_folder import FOLDER_LAYOUT, list_csv, list_folder
 from idml.data.retrieval_readers import list_cub, list_inshop, list_sop
 from idml.errors import UserError
 
-KnownDataset = Literal["cub", "cars", "sop", "SOP", "inshop", "Inshop", "folder", "csv", "emoji-mini", "emoji"]
+KnownDataset = Literal["cub", "cars", "sop", "SOP", "inshop", "Inshop", "folder", "csv", "emoji-mini", "emoji", "icons"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -68,11 +68,11 @@ def verify_data(arguments: Sequence[str]) -> None:
         print(dump_config(config), end="")
         return
     if config.dataset is None:
-        raise UserError(f"--dataset is missing: one of {', '.join([*LISTERS, 'emoji-mini', 'emoji'])}")
+        raise UserError(f"--dataset is missing: one of {', '.join([*LISTERS, 'emoji-mini', 'emoji', 'icons'])}")
     check_within(config, {"test_fraction": (0.01, 0.99), "workers": (0, math.inf)})
     name = config.dataset.lower()
     if name not in LISTERS:
-        _verify_emoji(name, config)
+        _verify_pack(name, config)
     elif wrong := _verify_listing(LISTERS[name](config), config):
         raise UserError(f"{name}: {'; '.join(wrong)}; the report above names them")
     print("all good")
@@ -105,13 +105,15 @@ def _verify_listing(listing: Listing, config: VerifyConfig) -> list[str]:
     return [f"{count} {what}" for count, what in counted if count]
 
 
-def _verify_emoji(name: str, config: VerifyConfig) -> None:
-    """Print the report of the emoji; their own reader raises a UserError where anything is wrong."""
+def _verify_pack(name: str, config: VerifyConfig) -> None:
+    """Print the report of emoji or icons, all classes of them; their reader raises a UserError for what is wrong."""
     from idml.config_dml import DmlConfig
     from idml.data.emoji import read_emoji, read_emoji_mini
+    from idml.data.icons import read_icons
 
-    read: Callable[[DmlConfig], RetrievalData] = read_emoji_mini if name == "emoji-mini" else read_emoji
-    data = read(build_config(DmlConfig, {"dataset": name, "data_dir": config.data_dir}))
+    readers: dict[str, Callable[[DmlConfig], RetrievalData]]
+    readers = {"emoji-mini": read_emoji_mini, "emoji": read_emoji, "icons": read_icons}
+    data = readers[name](build_config(DmlConfig, {"dataset": name, "data_dir": config.data_dir, "min_families": 1}))
     _print_item("data set", name)
     parts = {"train": data.train, "test": data.test}
     _print_counts({split: Counts(len(part), len(np.unique(part.labels))) for split, part in parts.items()}, None)

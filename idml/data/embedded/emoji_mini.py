@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from idml.data.emoji import EMOJI_SIZE, split_classes
+from idml.data.emoji import EMOJI_SIZE
+from idml.data.packs import split_classes
 from idml.errors import UserError, run_main
 
 VENDORS = {
@@ -80,9 +81,12 @@ def common_icons(packages: dict[str, dict[str, dict[str, Any]]]) -> dict[str, st
     return {code: chars[code] for code in codes if "-" not in code and drawn_by_all(code, chars[code])}
 
 
-def render(icons: dict[str, Any], name: str) -> np.ndarray:
-    """(64, 64, 3) uint8: an icon on white; one that is not square is centred."""
-    resvg_py = importlib.import_module("resvg_py")
+def render(icons: dict[str, Any], name: str, size: int = EMOJI_SIZE) -> np.ndarray:
+    """(size, size, 3) uint8: an icon on white; one that is not square is centred."""
+    try:
+        resvg_py = importlib.import_module("resvg_py")
+    except ImportError:
+        raise UserError(f"drawing needs resvg-py; pip install resvg-py=={RESVG_PY}") from None
     if resvg_py.__version__ != RESVG_PY:
         raise UserError(f"resvg-py is {resvg_py.__version__}, expected {RESVG_PY}; pip install resvg-py=={RESVG_PY}")
     icon = icons["icons"][name]
@@ -90,11 +94,11 @@ def render(icons: dict[str, Any], name: str) -> np.ndarray:
     box = [icon.get(key, icons.get(key, default)) for key, default in defaults.items()]
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{EMOJI_SIZE}" height="{EMOJI_SIZE}" viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
+        f'width="{size}" height="{size}" viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
     image = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    assert image.shape == (EMOJI_SIZE, EMOJI_SIZE, 3)
+    assert image.shape == (size, size, 3)
     return image
 
 
