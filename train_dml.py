@@ -63,7 +63,7 @@ from idml.optim import build_dml_optimizer, build_dml_schedule
 from idml.random_state import step_generator
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
-from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, search
+from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, held_out_metrics, search
 from idml.run import Run, default_run_directory
 from idml.runtime import (
     autocast,
@@ -159,7 +159,8 @@ def build_model(config: DmlConfig, num_classes: int) -> IntrospectiveEmbedder:
         arguments=parse_name_values(config.model_kwargs),
     )
     if config.pretrained not in (None, "timm") and config.resume is None:
-        load_weights(backbone, config.pretrained, allow_missing=config.pretrained_allow_missing or ())
+        allowed = config.pretrained_allow_missing or ()
+        load_weights(backbone, config.pretrained, key=config.pretrained_key, allow_missing=allowed)
     return IntrospectiveEmbedder(
         backbone,
         config.embedding_size,
@@ -229,6 +230,7 @@ def train(
     backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
     saver = Saver(run, state, data, signals)
     saver.start(stored)
+    pick_by = "val_R@1" if loaders.val else "R@1"
     found: Found | None = None
     while state.step < total_steps or state.epoch_losses:
         if state.network is model or state.epoch == config.warm:
@@ -244,14 +246,16 @@ def train(
         metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
         metrics |= {"train_loss": state.mean_epoch_loss(), **speed}
         if last or (state.epoch + 1) % config.eval_every == 0:
+            weight = scale_uncertainty_head(model, loss, probe)
+            metrics |= evaluate_held_out(config, data, model, loaders)
             tested, found = evaluate_model(config, data, model, loaders, last=last)
             run.check_finite("test embedding", tested.semantic.abs().max().item(), state.step)
             metrics |= found.metrics
             if config.ism != "off":
                 metrics["uncertainty_test"] = tested.uncertainty.mean().item()
-                metrics["ism_weight"] = loss.ism_weight(embed_probe(model, probe))
+                metrics["ism_weight"] = weight
         with signals.deferred():
-            saver.end_epoch(metrics, pick_by="R@1")
+            saver.end_epoch(metrics, pick_by=pick_by)
         say(epoch_line(metrics))
         saver.stop_if_asked()
 
@@ -260,18 +264,29 @@ def train(
     draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
     draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
     log_projector(run, tested, loaders, data, state.epoch)
-    return run.finish(pick_by="R@1", picked_on="test set", loss=config.loss, ism=config.ism, mix=config.mix)
+    picked_on = "held-out training classes" if loaders.val else "test set"
+    return run.finish(pick_by=pick_by, picked_on=picked_on, loss=config.loss, ism=config.ism, mix=config.mix)
+
+
+def evaluate_held_out(
+    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders
+) -> dict[str, float]:
+    """R@K, RP and MAP@R of held-out training classes searching one another, as ``val_R@1`` and so on; empty of none.
+
+    With loss prediction the probability of an error is calibrated on them, before the test images are scored.
+    """
+    if not loaders.val:
+        return {}
+    held_out = embed(model, loaders.val, data.preprocessing, config.precision)
+    if config.uncertainty_loss != "none":
+        calibrate(model, held_out)
+    return held_out_metrics(held_out, config, next(model.parameters()).device)
 
 
 def evaluate_model(
     config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders, *, last: bool
 ) -> tuple[Embedded, Found]:
-    """The embeddings of the test images, and what they find; ``last`` as in ``search``.
-
-    In training, where classes were held out, the probability of an error is calibrated on them before.
-    """
-    if loaders.val and config.uncertainty_loss != "none" and not config.eval_only:
-        calibrate(model, embed(model, loaders.val, data.preprocessing, config.precision))
+    """The embeddings of the test images, and what they find; ``last`` as in ``search``."""
     tested = embed(model, loaders.test, data.preprocessing, config.precision)
     gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
     return tested, search(tested, gallery, data, config, model, last=last)
@@ -493,12 +508,6 @@ def probe_images(data: RetrievalData, loaders: DmlLoaders, device: torch.device)
     chosen = np.linspace(0, len(data.train) - 1, min(PROBE_IMAGES, len(data.train)), dtype=int)
     images = loaders.train.images_at(chosen.tolist()).to(device)
     return normalise(images, data.preprocessing.mean, data.preprocessing.std)
-
-
-@torch.no_grad()
-def embed_probe(model: IntrospectiveEmbedder, probe: Tensor) -> Tensor:
-    """[semantic | uncertainty] of the probe images, in evaluation mode, in which the model is left."""
-    return model.eval()(probe).joint()
 
 
 def evaluate_checkpoint(

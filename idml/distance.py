@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,10 +26,16 @@ from idml.similarity import (
 )
 
 DistanceVariant = Literal["released", "live"]
-DistanceForm = Literal["similarity", "distance"]
+DistanceForm = Literal["similarity", "distance", "product"]
 
 OFFSETS: dict[str, float] = {"released": 4.0, "live": 0.0}
 """Constant added to beta. 4 in the authors' retrieval code; the formula of the paper has none."""
+
+RAW_PROXIES: dict[str, bool] = {"released": True, "live": False}
+"""Whether alpha is taken to a proxy at its own length, as in the authors' code, or at length 1, as between two images.
+
+To a proxy p of length n, alpha = 1 + n^2 - 2 n cos. Where n is large the cosine is hardly felt in it, and the weight is
+nearly the same for every proxy; at length 1 alpha = 2 - 2 cos, twice what the similarity lacks to 1."""
 
 SHORTEST = 1e-12
 """Length that a shorter vector is divided by, as in torch's ``normalize``."""
@@ -40,15 +46,17 @@ class IntrospectiveDistance(BaseDistance):
 
     A row of D numbers is a proxy or class vector, which has no uncertainty. A longer row is an image: its first D
     numbers are the semantic embedding, the rest the uncertainty embedding. The comparison itself is between unit
-    vectors, whatever the norms given; alpha is between the unit semantic embedding of an image and the *raw* proxy, as
-    released, or between the unit embeddings of two images.
+    vectors, whatever the norms given, and so is alpha; ``"released"`` alone takes alpha between the unit embedding of
+    an image and the *raw* proxy.
 
     Args:
         embedding_dim: D.
         variant: ``"live"`` is the formula of the paper, ``"released"`` that of the authors' retrieval code, with an
-            offset of 4. (Released ``u`` is of unit length: that is the embedder's part.)
+            offset of 4 and raw proxies. (Released ``u`` is of unit length: that is the embedder's part.)
         form: ``"similarity"`` is a ``CosineSimilarity`` to pytorch-metric-learning, ``sim' = 1 - (1 - sim) w``;
-            ``"distance"`` is an ``LpDistance``, ``d' = d w``. A loss that asks for one of these gets it.
+            ``"distance"`` is an ``LpDistance``, ``d' = d w``. ``"product"`` is a ``DotProductSimilarity`` of vectors as
+            they are, whose inner product takes the place of the cosine, and their squared distance that of alpha. A
+            loss that asks for one of these gets it.
         temperature: tau.
         power: the result is raised to it (2 for losses of squared distances).
 
@@ -64,7 +72,7 @@ class IntrospectiveDistance(BaseDistance):
         if form not in get_args(DistanceForm):
             raise ValueError(f"form must be one of {', '.join(get_args(DistanceForm))}, got {form!r}")
         if cls is IntrospectiveDistance:
-            cls = _SimilarityForm if form == "similarity" else _DistanceForm
+            cls = {"similarity": _SimilarityForm, "distance": _DistanceForm, "product": _ProductForm}[form]
         return super().__new__(cls)
 
     def __init__(
@@ -127,7 +135,7 @@ class IntrospectiveDistance(BaseDistance):
 
     @staticmethod
     def _alpha_beta(query: _Rows, reference: _Rows, *, row_by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Cosine, alpha and beta of each pair; beta is (B, 1) where images are compared with proxies.
+        """Similarity, alpha and beta of each pair; beta is (B, 1) where images are compared with proxies.
 
         There may be 100,000 proxies: the fewer steps over all pairs, the better.
         """
@@ -135,21 +143,20 @@ class IntrospectiveDistance(BaseDistance):
         def inner(x: Tensor, y: Tensor) -> Tensor:
             return (x * y).sum(1) if row_by_row else x @ y.T
 
-        def column(values: Tensor) -> Tensor:
-            return values if row_by_row else values[:, None]
+        def column(values: Tensor | float) -> Tensor | float:
+            return values[:, None] if isinstance(values, Tensor) and not row_by_row else values
 
-        cosine = inner(query.semantic, reference.semantic)
-        length_q, length_r = (1.0 if rows.length is None else rows.length for rows in (query, reference))
-        length_q = column(length_q) if isinstance(length_q, Tensor) else length_q
-        alpha = (length_q**2 + length_r**2) - 2 * length_q * length_r * cosine
-        beta = column(query.uncertainty.square().sum(1))
+        similarity = inner(query.semantic, reference.semantic)
+        squares = column(query.sq_length) + reference.sq_length
+        alpha = squares - 2 * column(query.length) * reference.length * similarity
+        beta = query.uncertainty.square().sum(1)
+        beta = beta if row_by_row else beta[:, None]
         if reference.uncertainty.shape[1]:
             beta = beta + reference.uncertainty.square().sum(1)
         if query.uncertainty.shape[1] and reference.uncertainty.shape[1]:
-            beta = (beta + 2 * inner(query.uncertainty, reference.uncertainty)).clamp_min(
-                0
-            )  # a square, but for rounding
-        return cosine, alpha, beta
+            # A square, but for rounding.
+            beta = (beta + 2 * inner(query.uncertainty, reference.uncertainty)).clamp_min(0)
+        return similarity, alpha, beta
 
     def _split(self, rows: Tensor) -> _Rows:
         width = rows.shape[1]
@@ -157,25 +164,30 @@ class IntrospectiveDistance(BaseDistance):
             raise ValueError(f"expected rows of at least embedding_dim = {self.embedding_dim} numbers, got {width}")
         rows = rows if rows.dtype == torch.float64 else rows.float()
         semantic, uncertainty = rows[:, : self.embedding_dim], rows[:, self.embedding_dim :]
-        if width > self.embedding_dim:
-            return _Rows(functional.normalize(semantic, dim=1), None, uncertainty)
+        if self.form == "product":
+            semantic = semantic.contiguous()  # as the plain loss has it: products are then the same to the last bit
+            return _Rows(semantic, uncertainty, sq_length=semantic.square().sum(1))
+        if width > self.embedding_dim or not RAW_PROXIES[self.variant]:
+            return _Rows(functional.normalize(semantic, dim=1), uncertainty)
         # As ``normalize`` does it, but with the length, and its gradient, computed once.
         length = semantic.norm(dim=1)
-        return _Rows(semantic / length.clamp_min(SHORTEST)[:, None], length, uncertainty)
+        return _Rows(semantic / length.clamp_min(SHORTEST)[:, None], uncertainty, length, length**2)
 
 
 class _Rows(NamedTuple):
     """Rows taken apart.
 
     Attributes:
-        semantic: (B, D) of unit length.
-        length: (B,) that proxies had; None of images, which count as unit vectors.
+        semantic: (B, D) whose inner products are the similarities: of unit length but for the form ``"product"``.
         uncertainty: (B, E) of images, (B, 0) of proxies.
+        length: (B,) by which ``semantic`` is multiplied where alpha is measured.
+        sq_length: (B,) squared length that it then has.
     """
 
     semantic: Tensor
-    length: Tensor | None
     uncertainty: Tensor
+    length: Tensor | float = 1.0
+    sq_length: Tensor | float = 1.0
 
 
 class _SimilarityForm(IntrospectiveDistance, CosineSimilarity):
@@ -188,3 +200,9 @@ class _DistanceForm(IntrospectiveDistance, LpDistance):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.form = "distance"
+
+
+class _ProductForm(IntrospectiveDistance, DotProductSimilarity):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.form = "product"

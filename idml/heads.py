@@ -15,6 +15,9 @@ from torch.nn import functional
 from idml.distributed import moments_over_ranks
 from idml.similarity import TEMPERATURE
 
+MEAN_EXPONENT = 0.05
+"""Mean of beta / (tau alpha) over the comparisons of a live retrieval loss, in every batch."""
+
 INITIAL_EXPONENT = 0.05
 """Mean ISM exponent at initialisation of ``live``: every comparison starts at weight exp(-0.05) = 0.95, so training
 starts close to the plain model while the uncertainty head already receives gradient."""

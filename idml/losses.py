@@ -18,19 +18,17 @@ from torch.nn import functional
 
 from idml.distance import DistanceForm, IntrospectiveDistance
 from idml.embedder import IntrospectiveEmbedder
-from idml.heads import INITIAL_EXPONENT, ForesightHead, UncertaintyHead
+from idml.heads import MEAN_EXPONENT, ForesightHead, UncertaintyHead
 from idml.models import IsmVariant
 from idml.similarity import TEMPERATURE
 
 LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
 
-PROXY_NORM = 3.2
-"""Norm that proxies of a live loss start from: sqrt(2 D / C) for D = 512 and C = 100, which is what the released
-initialisation gives on CUB-200-2011 (C = 100). It falls with the number of classes, to 0.3 for the 11,318 of Stanford
-Online Products, and with it alpha and every ISM weight; a live loss starts from the same norm for any C."""
-
 CLASS_SCALE = 32.0
 """Scale of the cosines whose cross-entropy an uncertainty head foresees: that of Proxy_Anchor and Proxy_NCA."""
+
+TINY = 1e-30
+"""Mean exponents below this count as it: u is then zero, or as good as zero, and stays so."""
 
 CENTRE_MOMENTUM = 0.1
 """Share of the newest batch in a class's running centre."""
@@ -135,7 +133,7 @@ LOSSES: Mapping[LossName, LossSettings] = {
     ),
     # Sohn 2016; the released trainer compares by the inner product and leaves out the penalty on norms.
     "NPair": LossSettings(
-        build=_n_pair, plain=lambda: distances.DotProductSimilarity(normalize_embeddings=False), form="similarity"
+        build=_n_pair, plain=lambda: distances.DotProductSimilarity(normalize_embeddings=False), form="product"
     ),
 }  # fmt: skip
 """Every loss by the name that the released trainer gives it (Margin and FastAP: that of the paper's table)."""
@@ -144,6 +142,12 @@ LOSSES: Mapping[LossName, LossSettings] = {
 class MetricLoss(nn.Module):
     """A loss of the table with its miner; plain or introspective.
 
+    ``"live"`` takes uncertainties relative to those of the batch: u is multiplied such that the mean exponent of the
+    comparisons that the loss makes is ``MEAN_EXPONENT``. The mean weight is then at least exp(-MEAN_EXPONENT) = 0.95,
+    the exponential being convex, for any backbone, scale of features, number of classes and loss, and in every step.
+    Which images are more or less sure than others is left to be learnt, while nothing is gained by making all of them
+    unsure: without this, u runs away with Proxy_NCA.
+
     Args:
         name: key of ``LOSSES``.
         num_classes: C, of the training images.
@@ -151,8 +155,9 @@ class MetricLoss(nn.Module):
         ism: ``"off"`` is the plain loss; else the variant of the ``IntrospectiveDistance``.
         temperature: tau.
         margin, scale: in place of the published ones.
-        proxy_norm: norm that each proxy starts from. By default ``PROXY_NORM`` for ``"live"``; otherwise proxies keep
-            the released initialisation (normal, variance 2 / C for Proxy_Anchor).
+        proxy_norm: norm that each proxy starts from. By default proxies start as those of pytorch-metric-learning's
+            loss do, whatever ``ism`` is: normal, of variance 2 / C (Proxy_Anchor, as released) or of a norm of
+            sqrt(D / 3) to sqrt(D) (Proxy_NCA).
         track_centres: keep a running centre of each class, for ``class_logits`` of a loss without proxies.
 
     Attributes:
@@ -186,10 +191,9 @@ class MetricLoss(nn.Module):
             )
         self.loss = settings.build(self.distance, num_classes, embedding_dim, margin, scale)
         self.miner = None if settings.miner is None else settings.miner(self.distance, margin)
-        norm = PROXY_NORM if proxy_norm is None and ism == "live" else proxy_norm
-        if self.proxies is not None and norm is not None:
+        if self.proxies is not None and proxy_norm is not None:
             with torch.no_grad():
-                nn.init.normal_(self.proxies).mul_(norm / self.proxies.norm(dim=1, keepdim=True))
+                nn.init.normal_(self.proxies).mul_(proxy_norm / self.proxies.norm(dim=1, keepdim=True))
         if track_centres and self.proxies is None:
             self.register_buffer("centres", torch.zeros(num_classes, embedding_dim))
 
@@ -209,7 +213,7 @@ class MetricLoss(nn.Module):
             0-d, float32; zero, with a gradient of zero, where the batch has nothing to compare.
         """
         semantic = embeddings[:, : self.embedding_dim]
-        embeddings = semantic if self.ism == "off" else embeddings
+        embeddings = semantic if self.ism == "off" else self._relative(embeddings)
         if self.miner is None:
             return self.loss(embeddings, labels)
         mined = self.miner((semantic if self.mines_semantic else embeddings).detach(), labels)
@@ -240,45 +244,49 @@ class MetricLoss(nn.Module):
         directions = self.centres if self.proxies is None else self.proxies
         return CLASS_SCALE * functional.normalize(semantic.float(), dim=1) @ functional.normalize(directions, dim=1).T
 
-    @torch.no_grad()
-    def ism_weight(self, embeddings: Tensor) -> float:
-        """Mean ISM weight of the comparisons that the loss would make: images with proxies, or with one another."""
-        return self._of_comparisons("weights", embeddings).mean().item() if self.ism != "off" else 1.0
+    def _relative(self, embeddings: Tensor) -> Tensor:
+        """(B, D + E) with u scaled to ``MEAN_EXPONENT``, with gradient through the mean; unless live, as they are."""
+        if self.ism != "live" or (self.proxies is None and len(embeddings) < 2):
+            return embeddings
+        semantic, uncertainty = embeddings.split([self.embedding_dim, embeddings.shape[1] - self.embedding_dim], dim=1)
+        exponent = self._comparisons("exponents", torch.cat([semantic.detach(), uncertainty], dim=1)).mean()
+        return torch.cat([semantic, uncertainty * (MEAN_EXPONENT / exponent.clamp_min(TINY)).sqrt()], dim=1)
 
-    def _of_comparisons(self, what: Literal["weights", "exponents"], embeddings: Tensor) -> Tensor:
-        """What the distance says of the comparisons that the loss would make, in any shape."""
+    def _comparisons(self, what: Literal["weights", "exponents"], embeddings: Tensor) -> Tensor:
+        """What the distance says of the comparisons that the loss makes among these, in any shape."""
         assert isinstance(self.distance, IntrospectiveDistance)
         measure = getattr(self.distance, what)
         if self.proxies is not None:
-            return measure(embeddings, self.proxies.to(embeddings))
+            return measure(embeddings, self.proxies.detach().to(embeddings))
         return measure(embeddings, embeddings)[~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)]
+
+    @torch.no_grad()
+    def ism_weight(self, embeddings: Tensor) -> float:
+        """Mean ISM weight of the comparisons that the loss would make: images with proxies, or with one another."""
+        return 1.0 if self.ism == "off" else self._comparisons("weights", self._relative(embeddings)).mean().item()
 
 
 @torch.no_grad()
 def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, images: Tensor) -> float:
-    """Scale a live model's uncertainty head so that training starts close to the plain metric, but not at it.
+    """Scale a live model's uncertainty head to what its loss makes of it: ``MEAN_EXPONENT`` among these images.
 
-    The exponent beta / (tau alpha) of every comparison is quadratic in the head's gain, which is what is scaled. It is
-    measured over the comparisons that the loss makes among these images, and its mean brought to
-    ``INITIAL_EXPONENT``. The mean weight is then at least exp(-INITIAL_EXPONENT) = 0.95, the exponential being convex,
-    for any backbone, scale of features, number of classes and loss. Other variants are left as they are.
+    For the loss that changes nothing, as it scales u itself; it is for those who use u later, in a search. Other
+    variants are left as they are.
 
     Args:
-        model: changed in place.
-        loss: the loss that it will be trained with.
+        model: its head's gain is changed in place.
+        loss: the loss that it is trained with.
         images: (B, 3, S, S), B >= 2, normalised; of the training classes.
 
     Returns:
-        The mean ISM weight afterwards, in (0, 1].
+        The mean ISM weight of the loss's comparisons among these images, in (0, 1].
     """
     was_training = model.training
-    model.eval()
+    embeddings = model.eval()(images).joint()
     if model.ism == "live":
         assert isinstance(model.uncertainty_head, (UncertaintyHead, ForesightHead))
-        # In float64, and not from the weights: those of a very small head are rounded to 1.
-        exponent = loss._of_comparisons("exponents", model(images).joint().cpu().double()).mean().item()
+        exponent = loss._comparisons("exponents", embeddings.double()).mean().item()
         if exponent > 0:  # else there is nothing to compare, or nothing in the features
-            model.uncertainty_head.gain.mul_(math.sqrt(INITIAL_EXPONENT / exponent))
-    weight = loss.ism_weight(model(images).joint())
+            model.uncertainty_head.gain.mul_(math.sqrt(MEAN_EXPONENT / exponent))
     model.train(was_training)
-    return weight
+    return loss.ism_weight(embeddings)

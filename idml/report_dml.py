@@ -36,6 +36,8 @@ COLOURED_CLASSES = 10
 def epoch_line(metrics: Mapping[str, Any]) -> str:
     """The figures of one epoch on one line, or, where the data have families, on two."""
     line = f"epoch {metrics['epoch']:3d}  train loss {metrics['train_loss']:.3f}"
+    if "val_R@1" in metrics:
+        line += f"  held out  R@1 {metrics['val_R@1']:.1%}  MAP@R {metrics['val_MAP@R']:.1%}"
     if "R@1" in metrics:
         line += f"  test  {_retrieval(metrics, '')}"
         line += f"  R-AUROC 1-sim {metrics['R-AUROC similarity']:.3f}"

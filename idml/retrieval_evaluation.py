@@ -118,6 +118,26 @@ def calibrate(model: IntrospectiveEmbedder, held_out: Embedded) -> None:
         model.search_calibration.fit(evidence_of(held_out, held_out, neighbours, similarities), wrong)
 
 
+def held_out_metrics(held_out: Embedded, config: DmlConfig, device: torch.device) -> dict[str, float]:
+    """R@K, RP, MAP@R and P@1 of held-out images that search one another, each under its name with ``val_`` before it.
+
+    Args:
+        held_out: embeddings of them all, on every rank; the queries are dealt out to the ranks.
+        config: K, lone queries.
+        device: that the metrics are computed on.
+    """
+    assert config.ks is not None
+    metrics = retrieval_metrics(
+        held_out.semantic.to(device),
+        held_out.labels.to(device),
+        ks=tuple(k for k in config.ks if k < len(held_out.labels)),
+        nmi=False,
+        lone=config.lone_queries,
+        split_over_ranks=True,
+    )
+    return {f"val_{name}": value for name, value in metrics.items()}
+
+
 def search(
     test: Embedded,
     gallery: Embedded | None,
