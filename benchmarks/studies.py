@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +235,3 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
     finally:
         for thing, name, value in before:
             setattr(thing, name, value)
-
-
-Change = Callable[..., AbstractContextManager[None]]

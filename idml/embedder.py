@@ -106,18 +106,25 @@ class IntrospectiveEmbedder(nn.Module):
         self.semantic_head = nn.Linear(self.feature_dim, embedding_dim)
         self.depths = DepthReader(self.backbone, self.feature_dim)
         self.uncertainty_head: nn.Linear | ForesightHead | None = None
-        if uncertainty_loss == "loss-prediction":
-            assert num_classes is not None
-            self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, BELIEF_DIM)
-            self.directions = nn.Parameter(torch.randn(num_classes, BELIEF_DIM))
-            self.calibration = ErrorCalibration(1)
-            self.search_calibration = ErrorCalibration(len(SEARCH_EVIDENCE))
-        elif ism != "off":
-            head = UncertaintyHead if ism == "live" else nn.Linear
-            self.uncertainty_head = head(self.feature_dim, uncertainty_dim)
+        if ism == "released":
+            self.uncertainty_head = nn.Linear(self.feature_dim, uncertainty_dim)
         # The released code starts this head so, and leaves the other one to torch's default.
         nn.init.kaiming_normal_(self.semantic_head.weight, mode="fan_out")
         nn.init.zeros_(self.semantic_head.bias)
+        if ism == "live":
+            # What is drawn here is drawn beside the rest: plain and live start from the same network and proxies.
+            with torch.random.fork_rng(devices=[]):
+                self._make_live_head(uncertainty_dim, uncertainty_loss, num_classes)
+
+    def _make_live_head(self, uncertainty_dim: int, uncertainty_loss: UncertaintyLoss, num_classes: int | None) -> None:
+        if uncertainty_loss == "none":
+            self.uncertainty_head = UncertaintyHead(self.feature_dim, uncertainty_dim)
+            return
+        assert num_classes is not None
+        self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, BELIEF_DIM)
+        self.directions = nn.Parameter(torch.randn(num_classes, BELIEF_DIM))
+        self.calibration = ErrorCalibration(1)
+        self.search_calibration = ErrorCalibration(len(SEARCH_EVIDENCE))
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.

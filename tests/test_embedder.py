@@ -19,6 +19,7 @@ from idml.backbones import ALIASES, create_backbone
 from idml.checkpoint import load_weights
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder, pool_features
 from idml.heads import UncertaintyHead
+from idml.losses import MetricLoss
 
 VARIANTS = ["live", "released", "off"]
 
@@ -297,3 +298,20 @@ def test_googlenet_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_bad_arguments_carry_the_value(arguments: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         IntrospectiveEmbedder(**({"backbone": Map(), "embedding_dim": 5, "uncertainty_dim": 3} | arguments))
+
+
+@pytest.mark.parametrize("loss_prediction", [False, True])
+def test_plain_and_live_start_from_the_same_network_and_proxies(loss_prediction: bool) -> None:
+    """So that a comparison by seeds differs in the ISM alone."""
+
+    def start(ism: Any, **arguments: Any) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        model = IntrospectiveEmbedder("resnet8_cifar", 32, ism=ism, **arguments)
+        proxies = MetricLoss("Proxy_Anchor", 10, 32, ism=ism).proxies
+        assert proxies is not None
+        return model.state_dict() | {"proxies": proxies.detach()}
+
+    plain = start("off")
+    live = start("live", **({"uncertainty_loss": "loss-prediction", "num_classes": 10} if loss_prediction else {}))
+    assert all(torch.equal(value, live[name]) for name, value in plain.items())
+    assert len(live) > len(plain)
