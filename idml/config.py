@@ -21,14 +21,27 @@ import jsonargparse
 import yaml
 
 from idml.errors import UserError, nearest
+from idml.lists import ListKind, as_list, pair_value, split_flags
 
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, help: str, *aliases: str, const: Any = None) -> Any:
-    """A config field: its default, its one-line help, further spellings of its flag (``"-j"``), and, where the flag may
-    stand alone, the value it then has."""
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases, "const": const})
+def option(default: Any, help: str, *aliases: str, const: Any = None, kind: ListKind = "values") -> Any:
+    """A config field: its default, its one-line help, further spellings of its flag (``"-j"``), where the flag may
+    stand alone, the value it then has, and, of a list, how its values are told apart."""
+    metadata = {"help": help, "aliases": aliases, "const": const, "kind": kind}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _list_kinds(config_class: type) -> dict[str, ListKind]:
+    """Flag -> kind, of every list of a config."""
+    hints = get_type_hints(config_class)
+    lists = [field for field in dataclasses.fields(config_class) if _element_type(hints[field.name]) is not None]
+    return {
+        flag: field.metadata["kind"]
+        for field in lists
+        for flag in (f"--{field.name.replace('_', '-')}", *field.metadata["aliases"])
+    }
 
 
 def _element_type(annotation: Any) -> Any:
@@ -76,6 +89,9 @@ def _type_name(annotation: Any) -> str:
     """A type as a user would say it: ``int``, ``a, b or c``, ``float or null``."""
     if choices := _choices(annotation):
         return "one of " + ", ".join(choices)
+    if (element := _element_type(annotation)) is not None:
+        what = {int: "whole numbers", float: "numbers"}.get(element, "values")
+        return f"{what} separated by spaces or commas"
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_type_name(part) for part in get_args(annotation))
     if annotation is type(None):
@@ -91,7 +107,7 @@ def _readable(message: str, config_class: type) -> str:
         given = unknown.group(1).split("=")[0]
         known = [name.replace("_", "-") for name in hints]
         return f"unknown option {given}{nearest(given.lstrip('-').replace('_', '-'), known)}"
-    if bad := re.search(r'Parser key "(\w+)".*(?:Got value|Given value): (.*)$', message):
+    if bad := re.search(r'Parser key "(\w+)".*(?:Got value|Given value): ?(.*)$', message):
         key, value = bad.groups()
         choices = _choices(hints[key])
         hint = nearest(value, choices) if choices else ""
@@ -124,7 +140,7 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
         values = {}
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: expected a YAML mapping of option: value, got a {type(values).__name__}")
-    hints = get_type_hints(config_class)
+    hints, kinds = get_type_hints(config_class), _list_kinds(config_class)
     normalised = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -135,8 +151,10 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
         if value is None:
             if type(None) not in get_args(hints[name]):
                 raise UserError(f"{path}: {key}: expected {_type_name(hints[name])}, got null")
-        elif _element_type(hints[name]) is not None and not isinstance(value, list):
-            raise UserError(f"{path}: {key}: expected a list, got {value!r}")
+        elif _element_type(hints[name]) is not None:
+            value = as_list(value, kinds[f"--{name.replace('_', '-')}"])
+            if not isinstance(value, list):
+                raise UserError(f"{path}: {key}: expected a list, got {value!r}")
         elif hints[name] in (bool, bool | None) and not isinstance(value, bool):
             raise UserError(f"{path}: {key}: expected true or false, got {value!r}")
         normalised[name] = value
@@ -161,7 +179,7 @@ def parse_command_line(
     if any(argument in ("-h", "--help") for argument in argv):
         parser.print_help()
         raise SystemExit(0)
-    spelled = [_underscore_flag(argument) for argument in argv]
+    spelled = split_flags([_underscore_flag(argument) for argument in argv], _list_kinds(config_class))
     flags = _parse(lambda: parser.parse_args(spelled, defaults=False), config_class, "")
     file = flags.pop("config", None)
     print_config = bool(flags.pop("print_config", False))
@@ -206,11 +224,15 @@ def check_positive(config: Any, names: Sequence[str]) -> None:
 def check_name_values(flag: str, arguments: Sequence[str] | None) -> None:
     """UserError for the first argument that is not name=value."""
     for argument in arguments or []:
-        if "=" not in argument:
+        if not re.match(r"\s*[A-Za-z_]\w*\s*=", argument):
             raise UserError(f"--{flag}: expected name=value, got {argument!r}")
+        try:
+            pair_value(argument.split("=", 1)[1])
+        except yaml.YAMLError:
+            raise UserError(f"--{flag}: the value of {argument!r} cannot be read; quote it as in YAML") from None
 
 
 def parse_name_values(arguments: Sequence[str] | None) -> dict[str, Any]:
     """``name=value`` arguments as keyword arguments; values are read as YAML: numbers, true/false, lists, else text."""
     pairs = (argument.split("=", 1) for argument in arguments or [])
-    return {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    return {name.strip(): pair_value(value) for name, value in pairs}

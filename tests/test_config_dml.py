@@ -73,6 +73,8 @@ def test_defaults_are_the_released_trainers() -> None:
         (("--flip",), "flip", True),
         (("--no-flip",), "flip", False),
         (("--ks", "8", "1", "2", "1"), "ks", [1, 2, 8]),
+        (("--ks", "8,1", "2,1"), "ks", [1, 2, 8]),
+        (("--ks=8,1,2", "--lr=1"), "ks", [1, 2, 8]),
         (("--pretrained",), "pretrained", "timm"),
         (("--pretrained", "a.pth"), "pretrained", "a.pth"),
         (("--pretrained", "--lr", "1e-3"), "pretrained", "timm"),
@@ -220,7 +222,7 @@ def test_a_mistake_is_told_in_one_line(arguments: tuple[str, ...], expected: str
         ("lr: fast\n", "--lr: expected float, got 'fast'"),
         ("epochs: null\n", "epochs: expected int, got null"),
         ("bn_freeze: true\n", "bn.freeze"),
-        ("ks: 3\n", "expected a list, got 3"),
+        ("ks: {at: 3}\n", "expected a list, got {'at': 3}"),
         ("- 1\n", "expected a YAML mapping"),
     ],
 )

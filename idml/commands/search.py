@@ -41,7 +41,7 @@ class SearchOptions(ModelOptions):
     """Options of ``search``."""
 
     index: str | None = option(None, "file that embed wrote", "-i")
-    query: list[str] | None = option(None, "image, or folder of images; several may be given", "-q")
+    query: list[str] | None = option(None, "image, or folder of images; several may be given", "-q", kind="paths")
     k: int = option(10, "neighbours of each query", "-k")
     index_type: IndexType = option("exact", "exact, or an index of faiss: flat, hnsw or ivfpq; kept beside the file")
     ef_search: int | None = option(None, "of hnsw, nodes kept in view; default 128. More find more, and take longer")
