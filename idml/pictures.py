@@ -11,9 +11,25 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from augment import MixedBatch
+from idml.errors import UserError
 
 TILE, MARGIN, FONT_SIZE = 96, 6, 11
 """Pixels: side of an image in a grid, space around it, height of the caption's letters."""
+
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".pdf": "PDF",
+}
+"""What a picture is written as, by the end of its name."""
+
+QUALITY = {"PNG": {"optimize": True}, "JPEG": {"quality": 92, "subsampling": 0}, "WEBP": {"lossless": True}}
+"""Pillow's options for a format; the small letters of captions must stay sharp."""
 
 
 def captioned_grid(
@@ -114,8 +130,15 @@ def neighbour_grid(rows: Sequence[tuple[Tensor, Sequence[str], Sequence[bool]]])
     return canvas
 
 
+def picture_format(path: Path, flag: str) -> str:
+    """What the end of a picture's name says that it is: PNG, JPEG, ...; UserError for another end."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{flag} {path}: expected the name of a picture, that ends in {', '.join(FORMATS)}")
+    return FORMATS[path.suffix.lower()]
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write the picture; an existing file is replaced only by a whole one."""
     temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG", optimize=True)
+    picture.save(temporary, format="PNG", **QUALITY["PNG"])
     temporary.replace(path)

@@ -264,6 +264,7 @@ def test_outputs_that_cannot_be(
     rest = ["--checkpoint", runs["live"], "--data-dir", image_folder]
     assert "--out is missing" in fails(capsys, *rest)
     assert "is a folder" in fails(capsys, *rest, "--out", tmp_path)
+    assert "ends in .parquet or .npz" in fails(capsys, *rest, "--out", tmp_path / "E.csv")
     assert "give --out E.npz" in fails(capsys, *rest, "--out", tmp_path / "E.parquet", "--format", "npz")
     (tmp_path / "file").write_text("")
     assert "cannot make the folder" in fails(capsys, *rest, "--out", tmp_path / "file" / "E.parquet")

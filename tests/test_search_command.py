@@ -288,6 +288,17 @@ def test_an_index_that_cannot_be_kept_is_warned_of(base: Path, tmp_path: Path) -
         run("--index", index, "--query", other_photo(base), "--index-type", "flat")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("s.jpg", "JPEG"), ("s.JPEG", "JPEG"), ("s.webp", "WEBP"), ("s.tiff", "TIFF"), ("s.png", "PNG")]
+)
+def test_a_contact_sheet_is_what_its_name_says(base: Path, tmp_path: Path, name: str, kind: str) -> None:
+    run("-i", base / "retrieval off.parquet", "-q", other_photo(base), "-k", 5, "--sheet", tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with Image.open(tmp_path / name) as sheet:
+        assert sheet.format == kind
+        assert np.array(sheet.convert("RGB")).std() > 20
+
+
 def test_the_contact_sheet(base: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     index = base / "retrieval live.parquet"
@@ -412,6 +423,8 @@ def test_options_that_cannot_be(
     (tmp_path / "r.csv").write_text("precious")
     assert "r.csv exists; give another --out, or --overwrite" in fails(capsys, *off, "--out", tmp_path / "r.csv")
     assert "is a folder" in fails(capsys, *off, "--sheet", tmp_path)
+    for name in ("sheet", "sheet.txt", "sheet.png.bak"):
+        assert "that ends in .png, .jpg" in fails(capsys, *off, "--sheet", tmp_path / name)
     assert "no folder" in fails(capsys, *off, "--data-dir", tmp_path / "nowhere")
     assert "--index-type: expected one of exact, flat, hnsw, ivfpq" in fails(capsys, *off, "--index-type", "annoy")
     monkeypatch.setitem(sys.modules, "faiss", None)

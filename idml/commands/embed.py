@@ -85,6 +85,10 @@ def _output(config: EmbedOptions) -> tuple[Path, Format]:
         raise UserError("--out is missing: the file to write, E.parquet or E.npz")
     out = Path(config.out)
     by_name: Format = "npz" if out.suffix.lower() == ".npz" else "parquet"
+    if config.format is None and out.suffix.lower() not in ("", ".npz", ".parquet", ".pq"):
+        raise UserError(
+            f"--out {out.name}: expected a name that ends in .parquet or .npz; --format says it for any name"
+        )
     kind = config.format or by_name
     if kind != by_name and out.suffix.lower() in (".npz", ".parquet"):
         raise UserError(f"--format {kind} for a file named {out.name}: give --out {out.with_suffix('.' + kind).name}")

@@ -19,7 +19,7 @@ from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import EmbeddingTable, read_table, written_whole
 from idml.errors import UserError
 from idml.index import EmbeddingIndex, IndexType
-from idml.pictures import save_png
+from idml.pictures import QUALITY, picture_format
 from idml.runtime import seed_everything
 from idml.search import Found, Queries, check_model, embed_queries, find, ism_settings, read_queries
 from idml.trained import TrainedModel, load
@@ -48,7 +48,7 @@ class SearchOptions(ModelOptions):
     nprobe: int | None = option(None, "of ivfpq, lists looked into; default 32. More find more, and take longer")
     introspective: bool = option(False, "order the max(100, 10 k) nearest by the introspective similarity")
     out: str | None = option(None, "CSV file to write the results to", "-o")
-    sheet: str | None = option(None, "PNG file to draw queries and their neighbours in")
+    sheet: str | None = option(None, "picture (.png, .jpg, .webp, ...) to draw queries and their neighbours in")
     data_dir: str | None = option(None, "folder of the indexed images, where it has moved")
     skip_bad_images: bool = option(False, "leave queries of a folder out that cannot be decoded, and say how many")
     overwrite: bool = option(False, "replace --out and --sheet where they exist")
@@ -103,6 +103,8 @@ def _check(config: SearchOptions) -> tuple[Path, list[str]]:
     for name, value, kind in (("ef-search", config.ef_search, "hnsw"), ("nprobe", config.nprobe, "ivfpq")):
         if value is not None and config.index_type != kind:
             warnings.warn(f"--{name} has no effect without --index-type {kind}", UserWarning, stacklevel=2)
+    if config.sheet is not None and not Path(config.sheet).is_dir():
+        picture_format(Path(config.sheet), "--sheet")
     for name, file in (("--out", config.out), ("--sheet", config.sheet)):
         if file is not None:
             check_new_file(Path(file), name, overwrite=config.overwrite)
@@ -214,7 +216,9 @@ def _draw(config: SearchOptions, found: Found, model: TrainedModel, root: Path |
         if root is not None
         else pictures_in_memory(found.table, trained_on(stored_config(model)))
     )
-    save_png(contact_sheet(found, pictures), Path(config.sheet))
+    sheet, kind = contact_sheet(found, pictures), picture_format(Path(config.sheet), "--sheet")
+    with written_whole(Path(config.sheet)) as temporary:
+        sheet.save(temporary, kind, **QUALITY.get(kind, {}))
     limits = []
     for most, count, what in ((MOST_ROWS, len(found.queries), "queries"), (MOST_NEIGHBOURS, config.k, "neighbours")):
         limits += [f"the first {most} {what}"] if count > most else []
