@@ -199,12 +199,17 @@ def train(
             speed = train_epoch(config, data, loaders.train, saver, total_steps)
             saver.save()
         saver.stop_if_asked()
-        metrics, test = evaluate_epoch(config, data, loaders, state)
-        run.check_finite("test loss", metrics["loss"] + metrics["nll"], state.step)
-        metrics |= speed
+        distributed.copy_from_main(state.evaluated_model.buffers())  # batch norm's running figures differ by rank
+        metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
+        metrics |= {"train_loss": state.mean_epoch_loss(), **speed}
+        if evaluated := state.step >= total_steps or (state.epoch + 1) % config.eval_every == 0:
+            figures, test = evaluate_epoch(config, data, loaders, state)
+            run.check_finite("test loss", figures["loss"] + figures["nll"], state.step)
+            metrics |= figures
         with signals.deferred():
             saver.end_epoch(metrics, pick_by=pick_by)
-            log_uncertainty(run, test, config.ism, state.epoch)
+            if evaluated and test is not None:
+                log_uncertainty(run, test, config.ism, state.epoch)
         say(epoch_line(metrics))
         saver.stop_if_asked()
 
@@ -222,14 +227,10 @@ def train(
 def evaluate_epoch(
     config: ClsConfig, data: DataSplits, loaders: ClsLoaders, state: TrainingState
 ) -> tuple[dict[str, Any], Evaluation]:
-    """The figures after an epoch, and those of every test image."""
+    """The figures of the model as it is now, and those of every test image."""
     classes, flip = data.train.classes, config.tta == "flip"
     measured = (data.preprocessing, config.precision)
-    model = state.evaluated_model
-    distributed.copy_from_main(model.buffers())  # batch norm's running figures differ by rank
-    metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
-    if state.epoch_losses:
-        metrics["train_loss"] = state.mean_epoch_loss()
+    model, metrics = state.evaluated_model, {}
     if loaders.val:
         val = evaluate(model, loaders.val, *measured, flip=flip)
         metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
@@ -312,7 +313,7 @@ def step(
     state.optimizer.zero_grad(set_to_none=True)
     parts = split(batch, config.grad_accum)
     spoilt_parts = [None] * len(parts) if spoilt is None else split_perturbed(spoilt, len(parts))
-    total = torch.zeros((), device=state.device)
+    total, exponent = torch.zeros((), device=state.device), torch.zeros((), device=state.device)
     for number, (part, spoilt_part) in enumerate(zip(parts, spoilt_parts, strict=True)):
         distributed_network = isinstance(state.network, DistributedDataParallel)
         wait = distributed_network and number < len(parts) - 1
@@ -322,6 +323,7 @@ def step(
             loss = mixed_cross_entropy(output.introspective_logits, part, label_smoothing=config.label_smoothing)
             share = len(part.images) / global_size
             total += loss.detach() * share
+            exponent += 0 if output.exponent is None else output.exponent.mean() * share
             if output.foresight is not None:
                 head_loss = uncertainty_loss(output, part, foreseen, spoilt_part)
                 loss = loss + head_loss  # of the head alone, which has an optimizer of its own
@@ -330,6 +332,8 @@ def step(
     figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
     if output.foresight is not None:
         figures["loss of the uncertainty head"] = head_loss.detach()
+    if config.ism == "live":
+        state.model.follow(distributed.all_reduce_sum(exponent))
     if guard.update(total, figures) and state.ema is not None:
         state.ema.update(state.model, step=state.step)
 

@@ -25,7 +25,7 @@ from typing import Any
 from paired import difference_cells, markdown_table, mean_cell, paired_differences
 
 from idml.environment import git_commit, hardware, versions
-from idml.errors import UserError
+from idml.errors import TrainingError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -33,6 +33,9 @@ PLAIN = ["--ism", "off"]
 LIVE = ["--ism", "live"]
 RUNS_OF_A_PROCESS = 50
 """Trainings after which a process is replaced by a new one, so that nothing grows without end."""
+
+MAIN = ("R@1", "top1")
+"""What is printed of a run, where it has it."""
 
 Figures = dict[str, dict[int, dict[str, Any]]]
 """What a study has measured: row -> seed -> figure -> value."""
@@ -77,6 +80,8 @@ def train(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(said))
         stack.enter_context(contextlib.redirect_stderr(said))
+        drawing = [name for name in ("draw_neighbours", "draw_projection", "log_projector") if hasattr(script, name)]
+        stack.enter_context(replaced(*((script, name, lambda *_args, **_kwargs: None) for name in drawing)))
         if run.change:
             module, function, *argument = run.change.split(":")
             stack.enter_context(getattr(importlib.import_module(module), function)(*argument))
@@ -84,6 +89,8 @@ def train(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             results = script.main([*run.options, *own])
+        except TrainingError as error:  # a setting of a tuning may well be one that does not train
+            return {"failed": str(error).split(";")[0], "wall_seconds": round(time.perf_counter() - started, 1)}
         except Exception as error:
             raise RuntimeError(f"{run.row}, seed {run.seed}: {error}\n{said.getvalue()[-2000:]}") from error
         seconds = time.perf_counter() - started
@@ -122,7 +129,7 @@ class Study:
             about = {"options": public(run.options), "change": run.change, "commit": git_commit()}
             self.content["runs"].setdefault(run.row, {})[str(run.seed)] = about | {"figures": figures}
             self.save()
-            shown = next(f"{name} {figures[name]:.4f}" for name in ("R@1", "val_top1", "top1") if name in figures)
+            shown = figures.get("failed") or next(f"{name} {figures[name]:.4f}" for name in MAIN if name in figures)
             print(f"{run.row}, seed {run.seed}: {shown}, {figures['wall_seconds']:.0f} s", flush=True)
         found: Figures = {run.row: {} for run in runs}
         for run in runs:

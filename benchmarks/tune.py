@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from paired import write_between
 from retrieval_sets import SETS, options_of
-from studies import LIVE, PLAIN, RESULTS, ROOT, Figures, Run, Study, arguments_of, of, replaced, table
+from studies import LIVE, PLAIN, RESULTS, ROOT, Figures, Run, Study, arguments_of, replaced, table
 
 import train_dml
 from idml.errors import run_main
@@ -70,7 +70,8 @@ def tuned(study: Study, data: str, loss: str, variant: str, arguments: argparse.
         rows = study.do(runs, processes=arguments.processes, deadline=arguments.deadline)
         if any(len(rows[name]) < len(seeds) for name in names):
             return None
-        return {name: statistics.mean(of(rows[name], "R@1").values()) for name in names}
+        # A run that failed (see ``train``) has found nothing.
+        return {name: statistics.mean(figures.get("R@1", 0.0) for figures in rows[name].values()) for name in names}
 
     first = means(list(settings), FIRST[: 1 if arguments.quick else None])
     if first is None:

@@ -38,6 +38,7 @@ def check_ranges(config: ClsConfig) -> None:
         "crop_padding": (0, math.inf),
         "image_size": (8, math.inf),
         "threads": (1, math.inf),
+        "eval_every": (1, math.inf),
         "log_every": (1, math.inf),
         "seed": (0, 2**31),
         "batch_size_per_gpu": (1, math.inf),

@@ -6,7 +6,7 @@ Letters in shapes: B images, C classes, H backbone features, F numbers from seve
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from idml.distributed import moments_over_ranks
 from idml.similarity import TEMPERATURE
 
 MEAN_EXPONENT = 0.05
-"""Mean of beta / (tau alpha) over the comparisons of a live retrieval loss, in every batch."""
+"""Mean of beta / (tau alpha) over the comparisons of a live model: in retrieval of each batch, in classification of the
+recent ones."""
 
-INITIAL_EXPONENT = 0.05
-"""Mean ISM exponent at initialisation of ``live``: every comparison starts at weight exp(-0.05) = 0.95, so training
-starts close to the plain model while the uncertainty head already receives gradient."""
+GAIN_MOMENTUM = 0.1
+"""Share of the newest batch in what the gain of a classifier's head follows, as in torch's batch norm."""
 
 HIDDEN = 128
 """Units of each of the two hidden layers that lead to each of the three things that a foresight head says."""
@@ -45,7 +45,7 @@ class UncertaintyHead(nn.Linear):
 
     With features of mean square 1, ``beta = |u|^2 = E H gain^2`` against a proxy. The pairs that an untrained network
     compares are close (alpha well under 1), so alpha is taken as 1/4, and the gain such that the exponent
-    ``beta / (tau alpha)`` is ``INITIAL_EXPONENT``. Features of another scale, or other distances, call for
+    ``beta / (tau alpha)`` is ``MEAN_EXPONENT``. Features of another scale, or other distances, call for
     ``idml.losses.scale_uncertainty_head``, which measures them.
 
     Attributes:
@@ -58,12 +58,59 @@ class UncertaintyHead(nn.Linear):
         super().__init__(feature_dim, uncertainty_dim)
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
-        gain = math.sqrt(INITIAL_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
+        gain = math.sqrt(MEAN_EXPONENT * TEMPERATURE / 4 / (uncertainty_dim * feature_dim))
         self.register_buffer("gain", torch.tensor(gain))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, H) -> (B, E)."""
         return super().forward(features) * self.gain
+
+
+class RectifiedHead(nn.Linear):
+    """The live uncertainty head of classification: ReLU of a linear map of (B, D) features to (B, E), times ``gain``.
+
+    The gain follows what the head gives, so that the mean exponent of the comparisons stays at ``MEAN_EXPONENT``: the
+    loss then learns which images are less sure than others, and cannot be lowered by making all of them unsure, which
+    ends in plain logits that are too sure of themselves.
+
+    With weights of variance v, half the units are cut by the ReLU, so beta = E v |h|^2 / 2; and with the classifier's
+    small rows alpha is about |h|^2. The mean exponent of the first step follows for any D and C.
+
+    Args:
+        feature_dim: D.
+        uncertainty_dim: E.
+        temperature: tau.
+
+    Attributes:
+        gain: 0-d float32 buffer, stored in checkpoints, not trained; 1 where a checkpoint from before has none.
+    """
+
+    gain: Tensor
+
+    def __init__(self, feature_dim: int, uncertainty_dim: int, temperature: float) -> None:
+        super().__init__(feature_dim, uncertainty_dim)
+        nn.init.normal_(self.weight, std=math.sqrt(2 * MEAN_EXPONENT * temperature / uncertainty_dim))
+        nn.init.zeros_(self.bias)
+        self.register_buffer("gain", torch.tensor(1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, E), float32, >= 0."""
+        linear = functional.linear(features.float(), self.weight.float(), self.bias.float())
+        return functional.relu(linear) * self.gain
+
+    @torch.no_grad()
+    def follow(self, exponent: Tensor) -> None:
+        """Let the gain follow the mean exponent of a batch (all ranks' images, 0-d), once an optimizer step.
+
+        Nothing happens where it is zero or not finite: the head is dead, or the step has failed.
+        """
+        usable = exponent.isfinite() & (exponent > 0)
+        factor = (MEAN_EXPONENT / exponent).pow(GAIN_MOMENTUM / 2)  # beta is quadratic in the gain
+        self.gain.mul_(torch.where(usable, factor, torch.ones_like(factor)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Foresight(NamedTuple):

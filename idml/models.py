@@ -17,9 +17,14 @@ from idml.backbones import create_backbone, infer_feature_dim
 from idml.depths import DepthReader
 from idml.distributed import moments_over_ranks
 from idml.foresight import EVIDENCE, ErrorCalibration, classifier_evidence
-from idml.heads import INITIAL_EXPONENT, Foresight, ForesightHead
+from idml.heads import MEAN_EXPONENT, Foresight, ForesightHead, RectifiedHead
 from idml.runtime import evaluation_mode
-from idml.similarity import TEMPERATURE, class_sq_distances, introspective_similarity
+from idml.similarity import (
+    TEMPERATURE,
+    class_sq_distances,
+    introspective_exponent,
+    introspective_similarity,
+)
 
 if TYPE_CHECKING:
     from idml.embedder import EmbedderOutput
@@ -56,6 +61,7 @@ class ClassifierOutput(NamedTuple):
         evidence: (B, 3) what speaks for the top answer being wrong (``idml.foresight.EVIDENCE``), and
         error_probability: (B,) in [0, 1], what follows from it; None without loss prediction.
         foresight: of the head, with gradient to the head alone; None without loss prediction.
+        exponent: (B,) ISM exponent of each image, its mean over the classes, without gradient; None when ISM is off.
     """
 
     logits: Tensor
@@ -65,6 +71,7 @@ class ClassifierOutput(NamedTuple):
     evidence: Tensor | None = None
     error_probability: Tensor | None = None
     foresight: Foresight | None = None
+    exponent: Tensor | None = None
 
 
 def uncertainty_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
@@ -161,22 +168,25 @@ class IntrospectiveClassifier(nn.Module):
         if uncertainty_loss == "loss-prediction":
             self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, num_classes)
             # The usual exponent, for an image as hard as most where alpha is the feature's squared length.
-            self.uncertainty_head.gain.fill_(math.sqrt(INITIAL_EXPONENT * temperature))
+            self.uncertainty_head.gain.fill_(math.sqrt(MEAN_EXPONENT * temperature))
             self.calibration = ErrorCalibration(len(EVIDENCE))
-        elif ism != "off":
+        elif ism == "live":
+            self.uncertainty_head = RectifiedHead(self.feature_dim, uncertainty_dim, temperature)
+        elif ism == "released":
             self.uncertainty_head = nn.Linear(self.feature_dim, uncertainty_dim)
-            if ism == "live":
-                self._initialise_near_plain(self.uncertainty_head)
 
-    def _initialise_near_plain(self, head: nn.Linear) -> None:
-        """Scale the uncertainty head so that the mean exponent beta / (tau * alpha) is ``INITIAL_EXPONENT``.
+    @torch.no_grad()
+    def follow(self, exponent: Tensor) -> None:
+        """Keep the mean ISM exponent of a live model where it belongs; to be called once a step of training.
 
-        With weights of variance v, half the units are cut by the ReLU, so beta = E * v * ||h||^2 / 2; and with the
-        classifier's small rows alpha is about ||h||^2. The ratio depends on neither D nor C.
+        Without it the gain of the uncertainty head stays as it is: the loss can then be lowered by making all images
+        unsure. Nothing to be done for other variants.
+
+        Args:
+            exponent: mean of ``ClassifierOutput.exponent`` over the step's images, of all ranks; 0-d.
         """
-        std = math.sqrt(2 * INITIAL_EXPONENT * self.temperature / self.uncertainty_dim)
-        nn.init.normal_(head.weight, std=std)
-        nn.init.zeros_(head.bias)
+        if isinstance(self.uncertainty_head, RectifiedHead):
+            self.uncertainty_head.follow(exponent)
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         """Logits and uncertainty of a batch.
@@ -214,15 +224,18 @@ class IntrospectiveClassifier(nn.Module):
                 if self.training:
                     head.note_losses(usual)
                 uncertainty = foresight.uncertainty.detach() * length * head.gain * usual.rsqrt()
+            elif isinstance(head, RectifiedHead):
+                uncertainty = head(features)
             else:
                 uncertainty = functional.relu(functional.linear(features, head.weight.float(), head.bias.float()))
             sq_distances = class_sq_distances(
                 logits, features, weight, bias, bias_in_class_vector=self.ism == "released"
             )
-            introspective_logits = introspective_similarity(
-                logits, sq_distances, uncertainty.square().sum(1, keepdim=True), temperature=self.temperature
-            )
-            output = ClassifierOutput(logits, introspective_logits, features, uncertainty)
+            beta = uncertainty.square().sum(1, keepdim=True)
+            introspective_logits = introspective_similarity(logits, sq_distances, beta, temperature=self.temperature)
+            with torch.no_grad():
+                exponent = introspective_exponent(sq_distances, beta, temperature=self.temperature).mean(1)
+            output = ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent=exponent)
             if foresight is None:
                 return output
             with torch.no_grad():

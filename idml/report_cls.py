@@ -24,8 +24,9 @@ from idml.run import Run, write_text
 
 def epoch_line(metrics: Mapping[str, Any]) -> str:
     """The figures of one epoch on one line."""
-    line = f"epoch {metrics['epoch']:3d}  train loss {metrics['train_loss']:.3f}  test"
-    line += f"  top-1 {metrics['top1']:.2%}  nll {metrics['nll']:.3f}  ece {metrics['ece']:.3f}"
+    line = f"epoch {metrics['epoch']:3d}  train loss {metrics['train_loss']:.3f}"
+    if "top1" in metrics:
+        line += f"  test  top-1 {metrics['top1']:.2%}  nll {metrics['nll']:.3f}  ece {metrics['ece']:.3f}"
     if "val_top1" in metrics:
         line += f"  val top-1 {metrics['val_top1']:.2%}"
     if "uncertainty_test" in metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from idml import ClassifierOutput, IntrospectiveClassifier, UserError, uncertainty_score
 from idml.backbones import infer_feature_dim
+from idml.heads import RectifiedHead
 from tests.test_similarity import oracle_classifier
 
 
@@ -69,7 +71,9 @@ def test_output_is_the_same_type_and_shape_in_training_and_evaluation(ism: str) 
         assert isinstance(output, ClassifierOutput)
         assert [tuple(field.shape) for field in output[:4]] == [(3, 10), (3, 10), (3, 64), (3, 16)]
         assert {field.dtype for field in output[:4]} == {torch.float32}
-        assert output[4:] == (None, None, None), "these are of loss prediction"
+        assert output[4:7] == (None, None, None), "these are of loss prediction"
+        assert (output.exponent is None) == (ism == "off")
+        assert output.exponent is None or output.exponent.shape == (3,)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -169,3 +173,40 @@ def test_the_lines_in_the_readme_train_a_classifier() -> None:
     assert scope["score"].shape == (4,)
     assert (scope["score"] > 0).all()
     assert scope["model"].uncertainty_head.weight.grad.abs().sum() > 0
+
+
+def test_the_gain_follows_so_that_the_mean_exponent_stays() -> None:
+    """Whatever the head's weights grow to: a loss cannot be lowered by making all images unsure."""
+    model = IntrospectiveClassifier(small_backbone(), 4, uncertainty_dim=64).eval()
+    head = model.uncertainty_head
+    assert isinstance(head, RectifiedHead) and head.gain == 1
+    with torch.no_grad():
+        head.weight.mul_(30)
+
+    def exponent() -> torch.Tensor:
+        found = model(images()).exponent
+        assert found is not None
+        return found.mean()
+
+    first = exponent()
+    assert first > 1
+    model.follow(first)
+    torch.testing.assert_close(exponent(), first * (0.05 / first) ** 0.1, rtol=1e-5, atol=0)
+    for _ in range(200):
+        model.follow(exponent())
+    assert exponent().item() == pytest.approx(0.05, rel=1e-3)
+    gain = head.gain.clone()
+    for unusable in (0.0, math.nan, math.inf):  # a dead head, a failed step
+        model.follow(torch.tensor(unusable))
+    assert torch.equal(head.gain, gain)
+
+
+def test_a_checkpoint_without_gain_has_a_gain_of_one() -> None:
+    model = IntrospectiveClassifier(small_backbone(), 4, uncertainty_dim=3)
+    state = model.state_dict()
+    assert isinstance(model.uncertainty_head, RectifiedHead)
+    model.uncertainty_head.gain.fill_(7)
+    del state["uncertainty_head.gain"]
+    model.load_state_dict(state)
+    assert model.uncertainty_head.gain == 1
+    assert "uncertainty_head.gain" not in state, "what was given stays as it was"

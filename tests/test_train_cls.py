@@ -49,12 +49,13 @@ def step_losses(run: Path) -> list[float]:
 
 
 WITH_ISM = [method for method, (ism, _) in METHODS.items() if ism != "off"]
+FORESIGHT = ["--uncertainty-loss", "loss-prediction"]
 OTHER_HEADS = {
     f"{method}, {name}": ["--method", method, *options]
-    for name, options in {"ISM alone": ["--uncertainty-loss", "none"], "released": ["--ism", "released"]}.items()
+    for name, options in {"loss prediction": FORESIGHT, "released": ["--ism", "released"]}.items()
     for method in WITH_ISM
 }
-"""What must stay as it was before there was loss prediction, with the options for it."""
+"""Other heads than the default one; released is as it has always been."""
 
 GOLDEN_RUNS = {method: ["--method", method] for method in METHODS} | OTHER_HEADS
 
@@ -90,12 +91,13 @@ def test_the_uncertainty_head_was_trained(runs: dict[str, Path], method: str) ->
     seed_everything(1)
     arguments = {"uncertainty_dim": 128}
     fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments).state_dict()
-    trained = torch.load(runs[f"{method}, ISM alone"] / "checkpoints/last.pt", weights_only=True)["model"]
+    trained = torch.load(runs[method] / "checkpoints/last.pt", weights_only=True)["model"]
     name = "uncertainty_head.weight"
+    assert 0.2 < trained["uncertainty_head.gain"] < 5 and trained["uncertainty_head.gain"] != 1
     assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).float().mean() > 0.4
     seed_everything(1)
     fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments, uncertainty_loss="loss-prediction").state_dict()
-    trained = torch.load(runs[method] / "checkpoints/last.pt", weights_only=True)["model"]
+    trained = torch.load(runs[f"{method}, loss prediction"] / "checkpoints/last.pt", weights_only=True)["model"]
     for name in ("uncertainty_head.foresee.4.weight", "uncertainty_head.believe.4.weight"):
         assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).all(), name
     assert trained["uncertainty_head.batches"] == 40  # the batch and the spoilt images of each step
