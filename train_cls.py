@@ -92,6 +92,7 @@ Foreseen = tuple[Foresight, Tensor]
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    distributed.check_environment()
     config, print_config = parse_cls_config(sys.argv[1:] if argv is None else argv, description=__doc__)
     if print_config:
         print(dump_config(config), end="")

@@ -84,6 +84,7 @@ PROBE_IMAGES = 120
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    distributed.check_environment()
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, print_config = parse_dml_config(arguments, description=__doc__)
     if print_config:
