@@ -72,7 +72,8 @@ from idml.optim import build_optimizer, build_schedule
 from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
-from idml.run import Run, default_run_directory
+from idml.run import Run
+from idml.run_directory import run_directory
 from idml.runtime import (
     autocast,
     choose_device,
@@ -125,8 +126,7 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
         if stored is not None:
             check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.method}-s{config.seed}"
-        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
-        run = Run(directory, config, stored=stored)
+        run = Run(run_directory(config.output_dir, name), config, stored=stored)
         say(
             f"{config.method} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: "
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "

@@ -64,7 +64,8 @@ from idml.random_state import step_generator
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, held_out_metrics, search
-from idml.run import Run, default_run_directory
+from idml.run import Run
+from idml.run_directory import run_directory
 from idml.runtime import (
     autocast,
     choose_device,
@@ -114,8 +115,7 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
         if stored is not None:
             check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.loss}-{config.ism}-s{config.seed}{config.remark and '-' + config.remark}"
-        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
-        run = Run(directory, config, stored=stored)
+        run = Run(run_directory(config.output_dir, name), config, stored=stored)
         gallery = "" if data.gallery is None else f", a gallery of {len(data.gallery)},"
         sampling = (
             "random" if config.IPC is None else f"{config.IPC} images of each of {config.batch_size // config.IPC}"
