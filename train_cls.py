@@ -73,7 +73,7 @@ from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
 from idml.run import Run
-from idml.run_directory import run_directory
+from idml.run_directory import run_directory, stored_if_possible
 from idml.runtime import (
     autocast,
     choose_device,
@@ -459,10 +459,11 @@ def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, l
         metrics |= uncertainty_metrics(test.predictions)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
-    if distributed.is_main():
-        write_confusion(directory, test.predictions, data.train.classes, metrics, tta=config.tta)
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    say(f"confusion matrix and figures in {directory}")
+    if distributed.is_main():
+        with stored_if_possible(directory, "--output-dir"):
+            write_confusion(directory, test.predictions, data.train.classes, metrics, tta=config.tta)
+            say(f"confusion matrix and figures in {directory}")
     return metrics
 
 

@@ -65,7 +65,7 @@ from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_pr
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, held_out_metrics, search
 from idml.run import Run
-from idml.run_directory import run_directory
+from idml.run_directory import run_directory, stored_if_possible
 from idml.runtime import (
     autocast,
     choose_device,
@@ -523,10 +523,11 @@ def evaluate_checkpoint(
     tested, found = evaluate_model(config, data, model, loaders, last=True)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
-    if distributed.is_main():
-        write_retrieval(directory, found, tested, loaders, data, ism_on=config.ism != "off")
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items()))
-    say(f"figures and pictures in {directory}")
+    if distributed.is_main():
+        with stored_if_possible(directory, "--output-dir"):
+            write_retrieval(directory, found, tested, loaders, data, ism_on=config.ism != "off")
+            say(f"figures and pictures in {directory}")
     return found.metrics
 
 

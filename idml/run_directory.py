@@ -1,4 +1,4 @@
-"""Which directory a run writes to, and that no other run does so meanwhile."""
+"""Which directory a run writes to, that no other run does so meanwhile, and what is done where it cannot be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import itertools
 import os
 import socket
 import time
+import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from idml import distributed
@@ -49,6 +51,24 @@ def new_directory(name: str) -> Path:
             raise UserError(f"cannot make the run directory {path}: {error.strerror}; give --output-dir DIR") from None
         return path
     raise AssertionError("numbers do not end")
+
+
+@contextlib.contextmanager
+def stored_if_possible(place: Path, instead: str) -> Iterator[None]:
+    """What is written here is written if it can be; else a warning says so: the figures are on the screen already.
+
+    Args:
+        place: file or folder that is written.
+        instead: option that names another one.
+    """
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"the figures could not be stored in {place} ({error.strerror or error}); {instead} names another place",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class DirectoryLock:
