@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,30 @@ def test_evaluate_on_a_read_only_disk(base: Path, tmp_path: Path, kind: str) -> 
     assert ("R@1" if kind.startswith("retrieval") else "top-1") in done.stdout and "the same in" not in done.stdout
     (said,) = done.stderr.splitlines()
     assert said.startswith("warning: the figures could not be stored in") and "--out names another place" in said
+
+
+@pytest.mark.parametrize("script", ["cls", "dml"])
+def test_data_and_home_that_cannot_be_written_to(base: Path, tmp_path: Path, script: str) -> None:
+    """FFCV's files find no place: torch's loader is taken, or --cache-dir named."""
+    pytest.importorskip("ffcv")
+    home = tmp_path / "home"
+    home.mkdir()
+    photos = base / ("photos" if script == "cls" else "searched/photos")
+    options = ["--dataset", "folder", "--data-dir", photos, "--model", "resnet8_cifar", "--image-size", "32"]
+    options += ["--max-steps", "2", "--batch-size", "8", "--threads", "1", "--workers", "0"]
+
+    def train(loader: str, *more: object) -> subprocess.CompletedProcess[str]:
+        arguments = [ROOT / f"train_{script}.py", *options, "--loader", loader, *more]
+        return run_mounted(*arguments, read_only=[base, home], cwd=tmp_path, HOME=str(home), XDG_CACHE_HOME="")
+
+    done = train("auto", "--output-dir", "auto")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "images: " in line]
+    assert said and all("torch loader, because FFCV cannot write" in line for line in said)
+    assert all("Read-only file system; --cache-dir DIR names a place" in line for line in said)
+    done = train("ffcv", "--output-dir", "ffcv")
+    assert done.returncode == 2 and not (tmp_path / "ffcv").exists()
+    (error,) = (line for line in done.stderr.splitlines() if not line.startswith("warning:"))
+    assert error.startswith("error: cannot write") and "--cache-dir DIR names a place" in error
+    done = train("ffcv", "--output-dir", "ffcv", "--cache-dir", tmp_path / "betons")
+    assert done.returncode == 0 and list((tmp_path / "betons").glob("*.beton")), done.stderr

@@ -34,6 +34,10 @@ WRITE = "write it with: python -m idml ffcv-write"
 INSTEAD = "give --loader torch to go without, or see docs/ffcv.md for a wheel that needs no system library"
 
 
+class CannotWriteError(UserError):
+    """A .beton finds no place: a read-only or full disk, say."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BetonSettings:
     """How images are stored.

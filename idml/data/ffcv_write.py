@@ -26,6 +26,7 @@ from idml.data.beton import (
     JPEG_QUALITY,
     SIDECAR_FORMAT,
     BetonSettings,
+    CannotWriteError,
     Mode,
     Sidecar,
     classes_digest,
@@ -129,7 +130,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         reason = "there is no space left" if error.errno in FULL else error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; nothing was changed") from None
+        raise CannotWriteError(f"cannot write {path}: {reason}; nothing was changed") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
