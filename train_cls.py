@@ -72,7 +72,8 @@ from idml.optim import build_optimizer, build_schedule
 from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
-from idml.run import Run, default_run_directory
+from idml.run import Run
+from idml.run_directory import run_directory, stored_if_possible
 from idml.runtime import (
     autocast,
     choose_device,
@@ -92,6 +93,7 @@ Foreseen = tuple[Foresight, Tensor]
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    distributed.check_environment()
     config, print_config = parse_cls_config(sys.argv[1:] if argv is None else argv, description=__doc__)
     if print_config:
         print(dump_config(config), end="")
@@ -124,8 +126,7 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
         if stored is not None:
             check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.method}-s{config.seed}"
-        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
-        run = Run(directory, config, stored=stored)
+        run = Run(run_directory(config.output_dir, name), config, stored=stored)
         say(
             f"{config.method} (ism {config.ism}, mix {config.mix}), {config.model}, {config.dataset}: "
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
@@ -458,10 +459,11 @@ def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, l
         metrics |= uncertainty_metrics(test.predictions)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
-    if distributed.is_main():
-        write_confusion(directory, test.predictions, data.train.classes, metrics, tta=config.tta)
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    say(f"confusion matrix and figures in {directory}")
+    if distributed.is_main():
+        with stored_if_possible(directory, "--output-dir"):
+            write_confusion(directory, test.predictions, data.train.classes, metrics, tta=config.tta)
+            say(f"confusion matrix and figures in {directory}")
     return metrics
 
 

@@ -64,7 +64,8 @@ from idml.random_state import step_generator
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, held_out_metrics, search
-from idml.run import Run, default_run_directory
+from idml.run import Run
+from idml.run_directory import run_directory, stored_if_possible
 from idml.runtime import (
     autocast,
     choose_device,
@@ -84,6 +85,7 @@ PROBE_IMAGES = 120
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train or evaluate as the command line says; returns the figures (None for ``--print-config``)."""
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    distributed.check_environment()
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, print_config = parse_dml_config(arguments, description=__doc__)
     if print_config:
@@ -113,8 +115,7 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
         if stored is not None:
             check_same_run(stored, config, data.train, len(loaders.train))
         name = f"{config.dataset}-{config.loss}-{config.ism}-s{config.seed}{config.remark and '-' + config.remark}"
-        directory = Path(config.output_dir) if config.output_dir else default_run_directory(name)
-        run = Run(directory, config, stored=stored)
+        run = Run(run_directory(config.output_dir, name), config, stored=stored)
         gallery = "" if data.gallery is None else f", a gallery of {len(data.gallery)},"
         sampling = (
             "random" if config.IPC is None else f"{config.IPC} images of each of {config.batch_size // config.IPC}"
@@ -522,10 +523,11 @@ def evaluate_checkpoint(
     tested, found = evaluate_model(config, data, model, loaders, last=True)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
-    if distributed.is_main():
-        write_retrieval(directory, found, tested, loaders, data, ism_on=config.ism != "off")
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items()))
-    say(f"figures and pictures in {directory}")
+    if distributed.is_main():
+        with stored_if_possible(directory, "--output-dir"):
+            write_retrieval(directory, found, tested, loaders, data, ism_on=config.ism != "off")
+            say(f"figures and pictures in {directory}")
     return found.metrics
 
 

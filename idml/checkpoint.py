@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from idml import lite0
+from idml.data.names import composed
 from idml.distributed import is_main
 from idml.errors import UserError
+from idml.paths import nearest_path
 from idml.torch_file import load_torch_file
 from idml.weights import find_group, misfit, problems_of, told
 
@@ -37,6 +39,7 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
     checkpoint = load_tensors(Path(path), lazily=lazily)
     if missing := wrong_entries(checkpoint, CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: {missing}")
+    checkpoint["classes"] = [composed(str(name)) for name in checkpoint["classes"]]
     return checkpoint
 
 
@@ -61,7 +64,7 @@ def load_tensors(path: Path, *, foreign: bool = False, lazily: bool = False) -> 
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the file in it")
     if not path.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"no such file: {path}; {nearest_path(path)}")
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))

@@ -22,6 +22,7 @@ import yaml
 
 from idml.errors import UserError, nearest
 from idml.lists import ListKind, as_list, pair_value, split_flags
+from idml.paths import nearest_path, with_user_paths
 
 ConfigT = TypeVar("ConfigT")
 
@@ -119,7 +120,7 @@ def _parse(parse: Callable[[], Any], config_class: type, where: str) -> dict[str
     """The values that ``parse`` finds set, by field name; the parser's own printing is kept off the terminal."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return vars(parse())
+            return with_user_paths(vars(parse()))
     except argparse.ArgumentError as error:
         raise UserError(where + _readable(str(error), config_class)) from None
 
@@ -133,7 +134,8 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+        near = "" if Path(path).exists() else f"; {nearest_path(Path(path))}"
+        raise UserError(f"cannot read the config {path}: {error.strerror}{near}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML file: {error}") from None
     if values is None:

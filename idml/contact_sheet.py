@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from idml.data.collection import Collection
-from idml.data.image_dataset import read_rgb
+from idml.data.pixels import read_rgb
 from idml.embedding_file import EmbeddingTable
 from idml.pictures import TILE, as_tensor, neighbour_grid
 from idml.search import Found
@@ -61,7 +61,7 @@ def pictures_of_files(table: EmbeddingTable, root: Path) -> Pictures:
     def picture(index: int) -> Tensor:
         try:
             return _tile(root / table.paths[index])
-        except (OSError, ValueError, SyntaxError):
+        except (OSError, ValueError):
             if not gone:
                 warnings.warn(
                     f"{root / table.paths[index]} cannot be read any more and is shown as a grey square; where the "

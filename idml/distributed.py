@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from idml.errors import UserError
+from idml.launch import check_environment as check_environment
+from idml.launch import local_rank as local_rank
+from idml.launch import rank as rank
+from idml.launch import warn_of_leftovers
+from idml.launch import world_size as world_size
+from idml.rendezvous import join
 from idml.signals import stop_when_parent_dies
+
+ResultT = TypeVar("ResultT")
 
 
 def setup(device_type: str) -> None:
-    """Join the process group that torchrun describes in the environment (NCCL for CUDA, gloo otherwise)."""
+    """Join the process group that torchrun describes in the environment (NCCL for CUDA, gloo otherwise).
+
+    Raises:
+        UserError: it is described in part only, or not all of its processes come in time.
+    """
+    check_environment()
+    warn_of_leftovers()
     if world_size() == 1 or dist.is_initialized():
         return
     stop_when_parent_dies()
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend)
-        return
-    # After a restart torchrun's store still has the addresses of the processes before (pytorch issue 135712). On one
-    # machine the number of restarts, the same on every rank, tells them apart; several machines count differently.
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and is_main():
-            warnings.warn(
-                "torchrun on several machines can only restart with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-                "environment",
-                UserWarning,
-                stacklevel=2,
-            )
-        restarts = 0
-    store, own_rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart{restarts}", store)
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+    join("nccl" if device_type == "cuda" else "gloo")
 
 
 def shutdown() -> None:
@@ -46,21 +41,6 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _signal_group = None
-
-
-def rank() -> int:
-    """Number of this process, from 0; known before ``setup`` too."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Number of this process on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes there are over all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
@@ -96,6 +76,22 @@ def highest(code: int) -> int:
     number = torch.tensor(code)
     dist.all_reduce(number, op=dist.ReduceOp.MAX, group=_signal_group)
     return int(number)
+
+
+def from_main(function: Callable[[], ResultT]) -> ResultT:
+    """What the main process finds, on every rank; a UserError of it too. To be called on every rank."""
+    result: ResultT | UserError | None = None
+    if is_main():
+        try:
+            result = function()
+        except UserError as error:
+            if not dist.is_initialized():
+                raise
+            result = error
+    result = gather_objects(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

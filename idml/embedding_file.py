@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from idml.data.names import composed
 from idml.errors import StorageError, UserError
+from idml.paths import missing, user_path
 
 Format = Literal["parquet", "npz"]
 Columns = dict[str, np.ndarray]
@@ -187,16 +189,16 @@ def read_table(path: str | Path, *, wanted: Names[str] | None = None) -> Embeddi
     Raises:
         UserError: there is no such file, it is something else, or damaged.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
-        raise UserError(f"no file {path}; expected one that `python -m idml embed` wrote")
+        raise UserError(f"{missing(path, 'file')}; expected one that `python -m idml embed` wrote")
     with path.open("rb") as file:
         start = file.read(4)
     if start not in (b"PAR1", b"PK\x03\x04"):
         raise UserError(f"{path} is neither a Parquet nor an npz file; expected one that `python -m idml embed` wrote")
     table = _read_parquet(path, wanted) if start == b"PAR1" else _read_npz(path, wanted)
     _check(table, path)
-    return table
+    return dataclasses.replace(table, labels=[name and composed(name) for name in table.labels])
 
 
 def _is_wanted(name: str, wanted: Names[str] | None) -> bool:

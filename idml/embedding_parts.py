@@ -14,6 +14,7 @@ import numpy as np
 
 from idml._version import __version__
 from idml.data.collection import Collection
+from idml.data.pixels import PIXELS_VERSION
 from idml.embedding_file import Columns, written_whole
 from idml.trained import TrainedModel
 
@@ -96,7 +97,15 @@ class Parts:
 def parts_key(model: TrainedModel, collection: Collection, batch_size: int) -> str:
     """16 hexadecimal digits that change with the model, and with the list of images, their sizes and times."""
     digest = hashlib.sha256()
-    about = [__version__, model.fingerprint, model.device.type, batch_size, model.spec.as_json(), collection.source]
+    about = [
+        __version__,
+        PIXELS_VERSION,
+        model.fingerprint,
+        model.device.type,
+        batch_size,
+        model.spec.as_json(),
+        collection.source,
+    ]
     digest.update(json.dumps([about, collection.names, collection.splits, collection.labels], default=str).encode())
     if collection.dataset.images is not None:
         digest.update(np.ascontiguousarray(collection.dataset.images).data)

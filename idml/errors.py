@@ -62,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if not _one_of_several() or os.environ.get("RANK", "0") == "0":
             print(" ".join(str(stop).split()), file=sys.stderr, flush=True)
         leave(stop.exit_code)
     except (UserError, TrainingError, StorageError) as error:
@@ -90,9 +90,15 @@ def _nobody_reads() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _one_of_several() -> bool:
+    """Whether the environment says so; errors are told before `idml.launch` has found anything wrong with it, too."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    return size.isdecimal() and int(size) > 1
+
+
 def _say(error: str) -> None:
     """The one line on stderr."""
-    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    rank = f" (rank {os.environ['RANK']})" if _one_of_several() and "RANK" in os.environ else ""
     print(f"error{rank}: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
@@ -104,7 +110,7 @@ def _quiet_about_tensorboard(failure: threading.ExceptHookArgs) -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process with this code; under torchrun at once, since other ranks may never come to a common end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

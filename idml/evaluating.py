@@ -16,6 +16,7 @@ from idml.config import build_config
 from idml.config_dml import DmlConfig, default_ks
 from idml.data.collection import Collection, trained_on
 from idml.data.image_dataset import ImageDataset
+from idml.data.names import split_role
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
 from idml.embedder import IntrospectiveEmbedder
@@ -103,6 +104,8 @@ def of_folder(collection: Collection, model: TrainedModel, split: str | None) ->
         UserError: there is no such split, no label, or one that the model does not know.
     """
     there = set(collection.splits) - {""}
+    if split is not None and split not in there and split_role(split) in there:
+        split = split_role(split)
     if split is not None and split not in there:
         folders = ", ".join(sorted(there)) or "no folders of splits (train, test)"
         raise UserError(f"--split {split}: {collection.source} has {folders}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,11 @@ FORMATS = {
 }
 """What a picture is written as, by the end of its name."""
 
-QUALITY = {"PNG": {"optimize": True}, "JPEG": {"quality": 92, "subsampling": 0}, "WEBP": {"lossless": True}}
+QUALITY: dict[str, dict[str, Any]] = {
+    "PNG": {"optimize": True},
+    "JPEG": {"quality": 92, "subsampling": 0},
+    "WEBP": {"lossless": True},
+}
 """Pillow's options for a format; the small letters of captions must stay sharp."""
 
 

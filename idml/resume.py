@@ -12,6 +12,7 @@ from idml.checkpoint_files import newest_checkpoint, read_verified
 from idml.config import check_positive, check_within, option
 from idml.data.image_dataset import ImageDataset
 from idml.errors import UserError
+from idml.paths import nearest_path
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -72,7 +73,10 @@ def find_checkpoint(resume: str, output_dir: str | None) -> tuple[Path, dict[str
             raise UserError(f"--resume {path}: there is no checkpoint in {path / 'checkpoints'}")
         return found
     if not path.exists():
-        raise UserError(f"--resume {path}: expected auto, a run directory or a checkpoint file; there is no such path")
+        raise UserError(
+            f"--resume {path}: expected auto, a run directory or a checkpoint file; there is no such path: "
+            f"{nearest_path(path)}"
+        )
     return path, read_verified(path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 import os
@@ -21,11 +20,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from idml import distributed
 from idml.config import dump_config
 from idml.distributed import is_main, world_size
 from idml.environment import git_commit, hardware, versions
 from idml.errors import StorageError, TrainingError, UserError
 from idml.pictures import as_tensor, save_png
+from idml.run_directory import DirectoryLock
 
 QUEUED_EVENTS = 1000
 """Events that wait for TensorBoard's thread; with a full queue and a thread that has failed, a writer would hang."""
@@ -55,7 +56,8 @@ class Run:
         stored: the checkpoint that the run is to go on from.
 
     Raises:
-        UserError: without ``stored``, the directory already holds a run, or cannot be written.
+        UserError: without ``stored``, the directory already holds a run; another process writes to it; it cannot be
+            written. On every rank: to be called on each.
     """
 
     def __init__(self, directory: Path, config: Any, *, stored: Mapping[str, Any] | None = None) -> None:
@@ -65,17 +67,24 @@ class Run:
         self._seconds_before = stored["seconds"] if stored else 0.0
         self._warned: set[str] = set()
         self._log: SummaryWriter | None = None
-        if not is_main():
-            return
+        self._lock: DirectoryLock | None = None
+        distributed.from_main(lambda: self._claim(stored is not None))
+
+    def _claim(self, resumed: bool) -> None:
+        """Make the directory, keep others from it and write the config; UserError where that cannot be."""
+        directory, config = self.directory, self.config
         if config.wandb:
             require_wandb()
-        if stored is None and ((directory / "metrics.jsonl").exists() or (directory / "results.json").exists()):
-            raise UserError(
-                f"{directory} already holds a run; give another --output-dir, or remove it, or go on: --resume auto"
-            )
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = DirectoryLock(directory)
+            if not resumed and ((directory / "metrics.jsonl").exists() or (directory / "results.json").exists()):
+                self._lock.release()
+                raise UserError(
+                    f"{directory} already holds a run; give another --output-dir, or remove it, or go on: --resume auto"
+                )
             for name in ("checkpoints", "tensorboard", "pictures"):
-                (directory / name).mkdir(parents=True, exist_ok=True)
+                (directory / name).mkdir(exist_ok=True)
             write_text(directory / "config.yaml", dump_config(dataclasses.replace(config, resume=None)))
         except OSError as error:
             raise UserError(f"cannot write to the run directory {directory}: {error.strerror}") from None
@@ -259,6 +268,8 @@ class Run:
                 log.close()
             if self.config.wandb:
                 require_wandb().finish()
+        if self._lock is not None:
+            self._lock.release()
         return results
 
 
@@ -273,10 +284,3 @@ def require_wandb() -> ModuleType:
 def start_wandb(directory: Path, config: dict[str, Any]) -> None:
     """Have Weights & Biases mirror what goes to TensorBoard from now on."""
     require_wandb().init(project="idml", name=directory.name, dir=str(directory), config=config, sync_tensorboard=True)
-
-
-def default_run_directory(name: str) -> Path:
-    """``runs/<name>-<date>-<time>``, with a number behind it where that is taken."""
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([stem], numbered) if not path.exists())

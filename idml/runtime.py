@@ -30,6 +30,13 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: torch {torch.__version__} sees no such device here; take --device auto or cpu"
         )
     if name == "cuda" and world_size() > 1:
+        count = torch.cuda.device_count()
+        if local_rank() >= count or (count > 1 and "LOCAL_RANK" not in os.environ):
+            given = os.environ.get("LOCAL_RANK", "not set")
+            raise UserError(
+                f"--device cuda: torch sees {count} GPU(s) here and LOCAL_RANK is {given}; expected a process for each "
+                "GPU, numbered from 0 on each machine, as torchrun --nproc-per-node starts them"
+            )
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device(name)

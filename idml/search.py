@@ -24,6 +24,7 @@ from idml.errors import UserError
 from idml.foresight import search_evidence
 from idml.index import EmbeddingIndex
 from idml.metrics.neighbours import CHUNK_BYTES
+from idml.paths import nearest_path
 from idml.similarity import introspective_exponent
 from idml.trained import Embeddings, TrainedModel
 
@@ -104,28 +105,36 @@ def read_queries(
             labels += collection.labels
             continue
         if not path.exists():
-            raise UserError(f"no query {path}: expected an image, or a folder of images")
+            raise UserError(f"no query {path}: expected an image, or a folder of images; {nearest_path(path)}")
         if error := decoding_error(path):
             raise UserError(f"the query {path} is no image that can be decoded: {error}")
         paths.append(path)
         labels.append(None)
-    place = {name: index for index, name in enumerate(table.paths)}
-    positions = np.array([_position(path, root, place) for path in paths], np.int64)
+    positions = np.array(_positions(paths, table, root), np.int64)
     labels = [label if at < 0 else table.labels[at] for label, at in zip(labels, positions, strict=True)]
     return Queries(paths=paths, names=[printable(str(path)) for path in paths], labels=labels, positions=positions)
 
 
-def _position(path: Path, root: Path | None, place: dict[str, int]) -> int:
-    """Where a file is in the index, by its path; -1 where it is not."""
+def _positions(paths: Sequence[Path], table: EmbeddingTable, root: Path | None) -> list[int]:
+    """Where files are in the index, by their paths, whatever links lead to them; -1 where they are not."""
     if root is None:
-        return -1
-    root = root.resolve()
+        return [-1] * len(paths)
+    place = {name: index for index, name in enumerate(table.paths)}
+    folders: dict[str, list[str]] = {}
+    for name in {os.path.dirname(name) for name in table.paths}:
+        folders.setdefault(os.path.realpath(root / name), []).append(name)
+    return [_position(path, root.resolve(), place, folders) for path in paths]
+
+
+def _position(path: Path, root: Path, place: Mapping[str, int], folders: Mapping[str, Sequence[str]]) -> int:
+    """See ``_positions``; ``folders`` are those of the index, by where they really are."""
     # Its folder's links followed and not its own, as in listing; and its own too.
     for candidate in (Path(os.path.abspath(path)), path.parent.resolve() / path.name, path.resolve()):
+        names = [os.path.join(folder, printable(candidate.name)) for folder in folders.get(str(candidate.parent), ())]
         if candidate.is_relative_to(root):
-            found = place.get(printable(candidate.relative_to(root).as_posix()), -1)
-            if found >= 0:
-                return found
+            names.append(printable(candidate.relative_to(root).as_posix()))
+        if found := [place[name] for name in names if name in place]:
+            return found[0]
     return -1
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from idml.backbones import create_backbone
 from idml.config import parse_name_values
 from idml.data.image_dataset import Preprocessing
+from idml.data.names import composed
 from idml.embedder import IntrospectiveEmbedder, Pool
 from idml.errors import UserError
 from idml.models import IntrospectiveClassifier, IsmVariant, UncertaintyLoss
@@ -114,7 +115,7 @@ class ModelSpec:
             square = dict(chosen["preprocessing"])
             square |= {name: tuple(map(float, square[name])) for name in ("mean", "std")}
             chosen["preprocessing"] = Preprocessing(**square | {"image_size": int(square["image_size"])})
-            chosen["classes"] = tuple(map(str, chosen["classes"]))
+            chosen["classes"] = tuple(composed(str(name)) for name in chosen["classes"])
             chosen["model_kwargs"] = dict(chosen["model_kwargs"])
             return cls(**chosen)
         except (KeyError, TypeError, ValueError) as error:

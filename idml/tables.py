@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from idml.errors import UserError
+from idml.paths import nearest_path, user_path
 
 CLASSIFICATION = {
     "top-1": ("top1", ".1%"),
@@ -45,6 +46,8 @@ RETRIEVAL = {
 def read_results(directory: Path) -> dict[str, Any]:
     """What ``results.json`` of a finished run holds; UserError when there is none."""
     path = directory / "results.json"
+    if not directory.exists():
+        raise UserError(f"{directory} is not a finished run: there is no such folder; {nearest_path(directory)}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -70,7 +73,7 @@ def print_table(arguments: Sequence[str]) -> None:
     """A Markdown table of run directories (figures of the last epoch), and where their pictures and logs are."""
     if not arguments:
         raise UserError("expected run directories: python -m idml table runs/a runs/b")
-    directories = [Path(argument) for argument in arguments]
+    directories = [user_path(argument) for argument in arguments]
     runs = [read_results(directory) for directory in directories]
     rows = _rows(runs)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -19,11 +19,13 @@ from torch import Tensor
 from augment import normalise
 from idml.checkpoint import load_tensors, read_checkpoint
 from idml.checkpoint_files import newest_checkpoint
-from idml.data.image_dataset import ImageDataset, as_rgb
+from idml.data.image_dataset import ImageDataset
+from idml.data.pixels import as_rgb
 from idml.data.torch_loader import TorchLoader, as_evaluated
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import UserError
 from idml.models import ClassifierOutput, IntrospectiveClassifier, alteration_score, uncertainty_score
+from idml.paths import nearest_path, user_path
 from idml.runtime import choose_device
 from idml.spec import ModelSpec, Task, fingerprint, load_state
 
@@ -258,9 +260,12 @@ def load(source: str | Path, *, device: str = "auto") -> TrainedModel:
     Raises:
         UserError: there is no such thing, it is damaged, or it is something else.
     """
-    path = Path(source)
+    path = user_path(source)
     if not path.exists():
-        raise UserError(f"no model at {path}: expected a run directory, a checkpoint file, or an exported folder")
+        raise UserError(
+            f"no model at {path}: expected a run directory, a checkpoint file, or an exported folder; "
+            f"{nearest_path(path)}"
+        )
     if path.is_dir() and (path / CONFIG).is_file():
         return _load_exported(path, device)
     if path.is_dir():
@@ -301,7 +306,10 @@ def _load_exported(folder: Path, device: str) -> TrainedModel:
 def as_pil(images: Images) -> list[Image.Image]:
     """Every image as RGB; UserError as for ``TrainedModel.prepare``."""
     if isinstance(images, Image.Image):
-        return [as_rgb(images)]
+        try:
+            return [as_rgb(images)]
+        except (OSError, ValueError) as error:  # it may not be decoded yet
+            raise UserError(f"the image {getattr(images, 'filename', '')} cannot be read: {error}") from None
     if isinstance(images, np.ndarray):
         return _from_pixels(images, "an array", (2, 3, 4))
     if isinstance(images, Tensor):

@@ -19,7 +19,9 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from idml.data.image_dataset import DataSplits, ImageDataset, Preprocessing, hold_out, read_rgb
+from idml.data.image_dataset import DataSplits, ImageDataset, Preprocessing, hold_out
+from idml.data.names import composed
+from idml.data.pixels import read_rgb
 from idml.data.torch_loader import as_evaluated
 from idml.errors import UserError
 from idml.pretrained import with_weights_preprocessing
@@ -241,7 +243,7 @@ def _opened(image: Any) -> Any:
         return image
     try:
         return read_rgb(Path(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{image} is no image that can be read: {error}") from None
 
 
@@ -250,6 +252,9 @@ def _labels(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     if y is None:
         raise UserError("fit needs y, the labels of the images; or give checkpoint, a model that is trained already")
     given = np.asarray(y)
+    if given.dtype.kind in "UO":
+        named = [composed(name) if isinstance(name, str) else name for name in given.ravel().tolist()]
+        given = np.array(named, given.dtype if given.dtype.kind == "O" else None).reshape(given.shape)
     if given.shape != (count,):
         raise UserError(f"expected y of shape ({count},), a label for each image, got {given.shape}")
     if given.dtype.kind == "f" and not np.isfinite(given).all():

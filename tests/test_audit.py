@@ -504,7 +504,7 @@ def test_photos_and_text_in_one_folder(models: dict[str, Path], photos: Photos, 
         shutil.copy(file, folder)
     (folder / "notes.txt").write_text("not an image")
     options = ["--data-dir", str(folder.parent), "--shift-images", "0"]
-    with pytest.warns(UserWarning, match=r"1 files that are no images are left out \(\.txt\)"):
+    with pytest.warns(UserWarning, match=r"left out 1 file that is no image: 1 \.txt"):
         assert len(run(models["ism"], tmp_path / "a", *options).images) == 4
     (folder / "broken.jpg").write_text("no image either")
     out = ["--out", str(tmp_path / "b")]

@@ -179,7 +179,7 @@ def test_what_does_not_match_is_said(tmp_path: Path, small: ImageDataset, files:
         ("{", "is not a sidecar of this version"),
         ("[]", "is not a sidecar of this version"),
         ("{}", "is not a sidecar of this version"),
-        ({"format": 99}, "expected a sidecar of format 1, got 99"),
+        ({"format": 99}, "expected a sidecar of format 2, got 99"),
         ({"bytes": 17}, "truncated or was replaced: expected 17 bytes"),
     ],
 )

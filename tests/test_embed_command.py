@@ -251,7 +251,7 @@ def test_folders_that_cannot_be_embedded(
     assert "no folder" in fails(capsys, *rest, "--data-dir", tmp_path / "nowhere")
     (image_folder / "train" / "bag" / "notes.txt").write_text("bags")
     (image_folder / "train" / "bag" / "broken.jpg").write_text("no picture")
-    with pytest.warns(UserWarning, match=r"1 files that are no images are left out \(.txt\)"):
+    with pytest.warns(UserWarning, match=r"left out 1 file that is no image: 1 \.txt"):
         assert "broken.jpg" in fails(capsys, *rest, "--data-dir", image_folder)
     with pytest.warns(UserWarning, match="left out: 1 of 49 image files cannot be decoded"):
         run(*rest, "--data-dir", image_folder, "--skip-bad-images")

@@ -156,6 +156,24 @@ def test_subset_is_read_from_the_file_of_all(folder: ImageDataset, image_folder:
 
 
 @pytest.mark.usefixtures("_ffcv")
+def test_a_user_without_a_home_has_the_torch_loader(
+    memory: ImageDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As in a container that runs under a number alone."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert isinstance(build_loader(memory, loader="auto", **ARGUMENTS), TorchLoader)
+    assert "there is no home folder for it; --cache-dir DIR" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--cache-dir DIR names a place"):
+        build_loader(memory, loader="ffcv", **ARGUMENTS)
+    assert not isinstance(build_loader(memory, loader="ffcv", cache_dir=tmp_path, **ARGUMENTS), TorchLoader)
+
+
+@pytest.mark.usefixtures("_ffcv")
 def test_other_ranks_wait_for_rank_0(
     folder: ImageDataset, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -212,10 +230,17 @@ def test_where_files_go(
 
 
 @pytest.mark.usefixtures("_ffcv")
-def test_full_disk_at_first_use_is_one_line(folder: ImageDataset, image_folder: Path) -> None:
+def test_full_disk_at_first_use_is_one_line(
+    folder: ImageDataset, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (image_folder / "train.beton").mkdir()
     (image_folder / "train.beton" / "x").touch()
-    with pytest.raises(UserError, match=r"cannot write .*train\.beton") as caught:
-        build_loader(folder, loader="auto", **ARGUMENTS)
+    with pytest.raises(UserError, match=r"cannot write .*train\.beton.*; --cache-dir DIR names") as caught:
+        build_loader(folder, loader="ffcv", **ARGUMENTS)
     assert "\n" not in str(caught.value)
+    assert isinstance(build_loader(folder, loader="auto", **ARGUMENTS), TorchLoader)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "torch loader, because FFCV cannot write" in said and "--cache-dir DIR" in said
+    with pytest.raises(UserError, match="--cache-dir DIR"):  # other ranks wait for the file
+        build_loader(folder, loader="auto", rank=0, world_size=2, **ARGUMENTS)
     assert not json.dumps([path.name for path in image_folder.iterdir()]).count("tmp")

@@ -348,7 +348,7 @@ def test_queries_that_are_none(base: Path, tmp_path: Path, capsys: pytest.Captur
     mixed = shutil.copytree(base / "photos" / "class 3", tmp_path / "mixed")
     (mixed / "notes.txt").write_text("no picture")
     (mixed / "broken.png").write_text("no picture")
-    with pytest.warns(UserWarning, match="1 files that are no images are left out"):
+    with pytest.warns(UserWarning, match="left out 1 file that is no image"):
         assert "broken.png" in fails(capsys, *index, "--query", mixed)
     with pytest.warns(UserWarning, match="left out: 1 of 7 image files cannot be decoded"):
         run(*index, "--query", mixed, "--skip-bad-images")

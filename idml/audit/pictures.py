@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from idml.data.collection import Collection
-from idml.data.image_dataset import read_rgb
+from idml.data.pixels import read_rgb
 
 SIDE = 176
 """Longest side of a picture in pixels: sharp at the size shown also where two pixels are one."""

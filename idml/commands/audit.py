@@ -20,6 +20,7 @@ from idml.audit.shifts import measure_shifts
 from idml.commands.options import ImageOptions, open_images, open_model, parse
 from idml.config import check_within, option
 from idml.data.collection import Collection
+from idml.data.names import split_role
 from idml.errors import UserError
 from idml.trained import TrainedModel
 
@@ -71,6 +72,7 @@ def chosen_splits(collection: Collection, splits: list[str] | None) -> Collectio
     if splits is None:
         return collection
     there = sorted(set(collection.splits))
+    splits = [name if name in there or split_role(name) not in there else str(split_role(name)) for name in splits]
     if unknown := [name for name in splits if name not in there]:
         known = ", ".join(name for name in there if name) or "none"
         raise UserError(f"--splits: no split {', '.join(unknown)} in {collection.source} (splits: {known})")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,8 +29,6 @@ TOP_CLASSES = 5
 
 DESCRIPTION = """Embeddings and uncertainty of every image below a folder, as a Parquet file (or npz). Under torchrun
 the images are shared out; a stopped command goes on where it was when it is given again."""
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -55,13 +53,16 @@ def embed(arguments: Sequence[str]) -> None:
     with StopSignals() as signals:
         model = open_model(config)
         distributed.setup(model.device.type)
-        collection = from_main(lambda: open_images(config, model))
+        collection = distributed.from_main(lambda: open_images(config, model))
         parts = Parts(
-            out, from_main(lambda: parts_key(model, collection, config.batch_size)), len(collection), config.batch_size
+            out,
+            distributed.from_main(lambda: parts_key(model, collection, config.batch_size)),
+            len(collection),
+            config.batch_size,
         )
         signals.message = f"stopped; finished parts are in {parts.folder}. Give the same command again to go on"
         started = time.perf_counter()
-        done = from_main(lambda: _begin(parts, config.overwrite))
+        done = distributed.from_main(lambda: _begin(parts, config.overwrite))
         _make_parts(model, collection, parts, done, config)
         distributed.barrier()
         if distributed.is_main():
@@ -114,22 +115,6 @@ def check_new_file(path: Path, flag: str, *, overwrite: bool) -> None:
         raise UserError(f"{flag} {path}: cannot make the folder {path.parent}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to")
-
-
-def from_main(function: Callable[[], ResultT]) -> ResultT:
-    """What the main process finds, on every rank; a UserError of it too."""
-    result: ResultT | UserError | None = None
-    if distributed.is_main():
-        try:
-            result = function()
-        except UserError as error:
-            if distributed.world_size() == 1:
-                raise
-            result = error
-    result = distributed.gather_objects(result)[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
 
 
 def _begin(parts: Parts, overwrite: bool) -> list[int]:

@@ -16,6 +16,7 @@ from idml.data.collection import Collection, read_collection
 from idml.errors import UserError
 from idml.evaluating import Tested, classifier_figures, of_folder, of_training, retrieval_figures
 from idml.run import write_text
+from idml.run_directory import stored_if_possible
 from idml.trained import TrainedModel
 
 DESCRIPTION = """The figures of a model on the test images of the data set that it was trained on, as its run reports
@@ -73,12 +74,10 @@ def evaluate(arguments: Sequence[str]) -> None:
     }
     print(as_text(about | figures))
     if out is not None:
-        try:
+        with stored_if_possible(out, "--out"):
             out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, json.dumps(about | figures, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
-        print(f"the same in {out}")
+            print(f"the same in {out}")
 
 
 def _images(config: EvaluateOptions, model: TrainedModel) -> Tested:

@@ -19,6 +19,7 @@ from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import EmbeddingTable, read_table, written_whole
 from idml.errors import UserError
 from idml.index import EmbeddingIndex, IndexType
+from idml.paths import missing
 from idml.pictures import QUALITY, picture_format
 from idml.runtime import seed_everything
 from idml.search import Found, Queries, check_model, embed_queries, find, ism_settings, read_queries
@@ -114,7 +115,7 @@ def _check(config: SearchOptions) -> tuple[Path, list[str]]:
 def _root(config: SearchOptions, table: EmbeddingTable) -> Path | None:
     """The folder of the indexed images; None where they are no files."""
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise UserError(f"no folder {config.data_dir}; expected that of the indexed images")
+        raise UserError(f"--data-dir: {missing(config.data_dir)}; expected that of the indexed images")
     stored = config.data_dir or table.about.get("data_dir")
     return None if stored is None else Path(stored)
 

@@ -17,12 +17,14 @@ from typing import Literal
 import numpy as np
 
 from idml.data.image_dataset import ImageDataset
+from idml.data.pixels import PIXELS_VERSION
 from idml.errors import UserError
+from idml.paths import missing
 
 Mode = Literal["raw", "jpg", "proportion", "unchanged"]
 
-SIDECAR_FORMAT = 1
-"""Number of the sidecar's layout; a file of another number is written again."""
+SIDECAR_FORMAT = PIXELS_VERSION
+"""Number of what a sidecar says and of how files become pixels; a .beton of another number is written again."""
 
 JPEG_QUALITY = 95
 """Of what has to be encoded where no quality was asked for; between FFCV's 90 and no loss that can be seen."""
@@ -32,12 +34,17 @@ WRITE = "write it with: python -m idml ffcv-write"
 INSTEAD = "give --loader torch to go without, or see docs/ffcv.md for a wheel that needs no system library"
 
 
+class CannotWriteError(UserError):
+    """A .beton finds no place: a read-only or full disk, say."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BetonSettings:
     """How images are stored.
 
     Attributes:
-        mode: raw bytes; JPEG; each image one of the two by chance; "unchanged": JPEG files byte for byte, all else raw.
+        mode: raw bytes; JPEG; each image one of the two by chance; "unchanged": JPEG files byte for byte, all else raw,
+            and with it JPEG files that are stored turned (EXIF).
         max_side: larger images are reduced until their longer side is this, in pixels.
         quality: of JPEGs, 1 to 100. None leaves JPEG files that need no reduction as they are, and encodes the rest at
             ``JPEG_QUALITY``.
@@ -152,7 +159,7 @@ def read_sidecar(path: Path) -> Sidecar:
         UserError: the .beton or its sidecar is missing, or the sidecar is not one of this version.
     """
     if not path.is_file():
-        raise UserError(f"no file {path}; {WRITE}")
+        raise UserError(f"{missing(path, 'file')}; {WRITE}")
     try:
         values = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
         settings = BetonSettings(**values.pop("settings"))
@@ -162,7 +169,10 @@ def read_sidecar(path: Path) -> Sidecar:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{sidecar_path(path)} is not a sidecar of this version ({error}); {WRITE}") from None
     if sidecar.format != SIDECAR_FORMAT:
-        raise UserError(f"{path}: expected a sidecar of format {SIDECAR_FORMAT}, got {sidecar.format}; {WRITE}")
+        raise UserError(
+            f"{path} is of another version of this project: expected a sidecar of format {SIDECAR_FORMAT}, got "
+            f"{sidecar.format}; {WRITE}"
+        )
     return sidecar
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from idml.data.image_dataset import ImageDataset
-from idml.data.image_files import IMAGE_SUFFIXES, printable, without_unreadable
+from idml.data.image_files import IMAGES_ARE, without_unreadable
+from idml.data.names import class_name, printable
+from idml.data.splits import find_splits
+from idml.data.walk import LeftOut, images_below
 from idml.errors import UserError
-
-SPLITS = ("train", "val", "test", "query", "gallery")
-"""Names of folders that stand for a split and not for a class."""
+from idml.paths import missing, user_path
 
 LAYOUT = (
-    "images anywhere below DIR; the first folder of an image's path is its class, or a split ("
-    + ", ".join(SPLITS)
-    + ")"
+    "images anywhere below DIR; the first folder of an image's path is its class, or, where class folders lie below "
+    "it, a split (train, val, test, query, gallery)"
 )
 """What a folder may look like, for errors."""
 
@@ -66,7 +65,7 @@ def read_collection(folder: str | Path, *, skip_bad_images: bool = False, worker
     """All images below a folder, in sorted order; every file is decoded once.
 
     In ``DIR/train/cat/1.jpg`` train is the split and cat the class, in ``DIR/cat/1.jpg`` cat is the class, and
-    ``DIR/1.jpg`` has neither. Files of other kinds are left out, and their number is warned of.
+    ``DIR/1.jpg`` has neither; see ``find_splits``. Files of other kinds are left out, and their number is warned of.
 
     Args:
         folder: see ``LAYOUT``.
@@ -74,63 +73,45 @@ def read_collection(folder: str | Path, *, skip_bad_images: bool = False, worker
         workers: threads that decode.
 
     Raises:
-        UserError: no such folder, no image in it, or images that do not decode.
+        UserError: no such folder, no image in it, two folders for one split, or images that do not decode.
     """
-    root = Path(folder)
+    root = user_path(folder)
     if not root.is_dir():
-        raise UserError(f"no folder {root}; expected {LAYOUT}")
-    paths, others = _files_below(root)
-    if others:
-        kinds = sorted({path.suffix.lower() or path.name for path in others})
-        warnings.warn(
-            f"{root}: {len(others)} files that are no images are left out ({', '.join(kinds[:5])})",
-            UserWarning,
-            stacklevel=2,
-        )
+        raise UserError(f"{missing(root)}; expected {LAYOUT}")
+    left_out = LeftOut()
+    paths = images_below(root, left_out)
     if not paths:
-        raise UserError(f"no images in {root} (of type {' '.join(sorted(IMAGE_SUFFIXES))}); expected {LAYOUT}")
-    names = [printable(path.relative_to(root).as_posix()) for path in paths]
-    found = [_split_and_class(name) for name in names]
+        left_out.warn(root)
+        raise UserError(f"no images in {root} ({IMAGES_ARE}); expected {LAYOUT}")
+    names = [path.relative_to(root).as_posix() for path in paths]
+    split_of = {path.name: role for role, path in find_splits(root).folders.items()}
+    found = [_split_and_class(name, split_of) for name in names]
     classes = tuple(sorted({label for _, label in found if label is not None}))
     position = {name: label for label, name in enumerate(classes)}
     labels = np.array([-1 if label is None else position[label] for _, label in found], np.int64)
     whole = ImageDataset(labels=labels, classes=classes, paths=tuple(paths))
-    good = without_unreadable(whole, skip=skip_bad_images, workers=workers)
+    try:
+        good = without_unreadable(whole, skip=skip_bad_images, workers=workers, left_out=left_out)
+    finally:
+        left_out.warn(root)
     if not len(good):
         raise UserError(f"no image in {root} can be decoded")
     place = {path: index for index, path in enumerate(paths)}
     kept = [place[path] for path in good.paths or ()]
     return Collection(
         dataset=good,
-        names=tuple(names[index] for index in kept),
+        names=tuple(printable(names[index]) for index in kept),
         splits=tuple(found[index][0] for index in kept),
         root=root,
         source=str(root),
     )
 
 
-def _files_below(root: Path) -> tuple[list[Path], list[Path]]:
-    """(images, other files), sorted; hidden files and folders are left out of both."""
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    images: list[Path] = []
-    others: list[Path] = []
-    for parent, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                path = Path(parent, name)
-                (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
-    return sorted(images), others
-
-
-def _split_and_class(name: str) -> tuple[str, str | None]:
-    """Of a relative path: the split, or an empty string, and the class, or None."""
+def _split_and_class(name: str, split_of: Mapping[str, str]) -> tuple[str, str | None]:
+    """Of a relative path: the split, or an empty string, and the class, or None; ``split_of`` names of folders."""
     folders = name.split("/")[:-1]
-    split = folders.pop(0) if folders and folders[0] in SPLITS else ""
-    return split, folders[0] if folders else None
+    split = split_of[folders.pop(0)] if folders and folders[0] in split_of else ""
+    return split, class_name(folders[0]) if folders else None
 
 
 def trained_on(config: Mapping[str, Any]) -> Collection:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from idml.config_cls import ClsConfig
+from idml.data.classification_folder import read_folder
 from idml.data.image_dataset import (
     DataSplits,
     ImageDataset,
@@ -18,11 +19,12 @@ from idml.data.image_dataset import (
     fit_square,
     hold_out,
 )
-from idml.data.image_files import list_class_folders, without_unreadable
+from idml.data.image_files import without_unreadable
 from idml.data.imagenet import LAYOUT as IMAGENET_LAYOUT
 from idml.data.imagenet import read_imagenet
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.paths import missing
 from idml.pretrained import with_weights_preprocessing
 from idml.random_state import generator_kept
 
@@ -106,8 +108,9 @@ def read_fashion_mnist(config: ClsConfig) -> SourceData:
                 return SourceData(
                     train=train, test=test, preprocessing=_fashion_preprocessing(size), crop_padding=CROP_PADDING
                 )
+    gone = f" (there is {missing(roots[0])})" if config.data_dir is not None and not roots[0].is_dir() else ""
     raise UserError(
-        f"no Fashion-MNIST in {', '.join(map(str, folders))}: expected train-images-idx3-ubyte[.gz], "
+        f"no Fashion-MNIST in {', '.join(map(str, folders))}{gone}: expected train-images-idx3-ubyte[.gz], "
         "train-labels-idx1-ubyte[.gz] and the same for t10k; install the Debian package dataset-fashion-mnist, "
         "or give --download, or --data-dir with the folder that has them"
     )
@@ -155,8 +158,9 @@ def read_cifar(config: ClsConfig) -> SourceData:
     try:
         train, test = (kind(root, train=is_train, download=config.download) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if Path(root).is_dir() else f"there is {missing(root)}"
         raise UserError(
-            f"no {config.dataset} in {root} ({str(error).splitlines()[0]}): expected {root}/{kind.base_folder} as its "
+            f"no {config.dataset} in {root} ({reason}): expected {root}/{kind.base_folder} as its "
             f"archive {kind.filename} unpacks, with the published checksums; put it there, or give --download"
         ) from None
     splits = [
@@ -178,43 +182,6 @@ def read_imagenet_splits(config: ClsConfig) -> SourceData:
         train = without_unreadable(train, skip=True, workers=config.workers)
         val = without_unreadable(val, skip=True, workers=config.workers)
     return SourceData(train=train, test=val, preprocessing=Preprocessing(image_size=config.image_size or 224))
-
-
-FOLDER_LAYOUT = "one folder per class with images in it, as DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
-
-
-def read_folder(config: ClsConfig) -> SourceData:
-    """A user's own images: ``--train-dir`` and ``--val-dir``, or ``--data-dir`` with train/ and val/ (or test/), or one
-    ``--data-dir`` of class folders from which ``--val-fraction`` is held out as the test images."""
-    if config.data_dir is None and config.train_dir is None:
-        raise UserError(f"dataset folder needs --data-dir or --train-dir: {FOLDER_LAYOUT}")
-    root = Path(config.data_dir or "")
-    train_dir = Path(config.train_dir) if config.train_dir else root / "train"
-    test_dir: Path | None = Path(config.val_dir) if config.val_dir else None
-    if config.train_dir is None and not train_dir.is_dir():
-        train_dir = root  # the classes lie in --data-dir itself
-    elif test_dir is None and config.data_dir is not None:
-        test_dir = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if test_dir is None and config.val_fraction == 0:
-        raise UserError(
-            f"no images to test on for {train_dir}: give --val-dir DIR, or put them in {root}/val, or hold some out "
-            "with --val-fraction 0.1"
-        )
-    train = list_class_folders(train_dir, layout=FOLDER_LAYOUT)
-    train = without_unreadable(train, skip=config.skip_bad_images, workers=config.workers)
-    preprocessing = Preprocessing(image_size=config.image_size or 224)
-    if test_dir is None:
-        return SourceData(train=train, test=None, preprocessing=preprocessing)
-    test = list_class_folders(test_dir, layout=FOLDER_LAYOUT)
-    if test.classes != train.classes:
-        only_train = sorted(set(train.classes) - set(test.classes))
-        only_test = sorted(set(test.classes) - set(train.classes))
-        raise UserError(
-            f"the classes of {train_dir} and {test_dir} differ: only in the first {only_train[:5]}, only in the second "
-            f"{only_test[:5]} ({len(train.classes)} and {len(test.classes)} classes)"
-        )
-    test = without_unreadable(test, skip=config.skip_bad_images, workers=config.workers)
-    return SourceData(train=train, test=test, preprocessing=preprocessing)
 
 
 READERS: dict[str, Callable[[ClsConfig], SourceData]] = {

@@ -18,6 +18,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ from idml.errors import TrainingError, UserError
 _torch_threads, _typed_dict, _set_num_threads = torch.get_num_threads(), numba.typed.Dict, numba.set_num_threads
 numba.typed.Dict, numba.set_num_threads = dict, lambda n: None
 try:
+    from ffcv import writer as ffcv_writer
     from ffcv.fields import IntField, RGBImageField
     from ffcv.libffcv import lib as libffcv
     from ffcv.memory_allocator import MemoryAllocator
@@ -58,6 +60,21 @@ finally:
 kernels.link(lambda name: ctypes.cast(getattr(libffcv, name), ctypes.c_void_p).value or 0)
 
 T = TypeVar("T")
+
+
+class _OwnMemory:
+    """In place of FFCV's shared memory for metadata: here threads write, and /dev/shm of a container may be small."""
+
+    def __init__(self, *, create: bool, size: int) -> None:
+        self.buf = memoryview(bytearray(size))
+
+    def close(self) -> None:
+        """Nothing is shared."""
+
+    unlink = close
+
+
+ffcv_writer.shared_memory = types.SimpleNamespace(SharedMemory=_OwnMemory)
 
 PART_BYTES = 2**19
 """Of a batch's images, that a thread gets at least: for less, handing it over takes longer than decoding."""

@@ -26,6 +26,7 @@ from idml.data.beton import (
     JPEG_QUALITY,
     SIDECAR_FORMAT,
     BetonSettings,
+    CannotWriteError,
     Mode,
     Sidecar,
     classes_digest,
@@ -34,14 +35,12 @@ from idml.data.beton import (
     sidecar_path,
 )
 from idml.data.crops import hash_uniform
-from idml.data.image_dataset import ImageDataset, read_rgb
+from idml.data.image_dataset import ImageDataset
+from idml.data.pixels import open_image, orientation, read_rgb, readable_error
 from idml.errors import UserError
 
 LARGEST_SIDE, LARGEST_IMAGE = 2**16 - 1, 2**31
 """Limits of the .beton format: sides are 16 bits, and an image lies in one page of at most 2^31 bytes."""
-
-READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that it cannot read."""
 
 FOREIGN_AGE = 86400.0
 """Seconds after which another machine's unfinished file counts as left behind: no writer pauses for a day."""
@@ -131,7 +130,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         reason = "there is no space left" if error.errno in FULL else error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; nothing was changed") from None
+        raise CannotWriteError(f"cannot write {path}: {reason}; nothing was changed") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -176,10 +175,10 @@ def _largest_image(dataset: ImageDataset, settings: BetonSettings, workers: int)
 
     def size(path: Path) -> tuple[int, int]:
         try:
-            with Image.open(path) as image:  # reads the header alone
+            with open_image(path) as image:  # reads the header alone
                 return image.size
-        except READ_ERRORS as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+        except Exception as error:
+            raise UserError(f"{path} cannot be read: {readable_error(error)}") from None
 
     if dataset.images is not None:
         sizes = [(dataset.images.shape[2], dataset.images.shape[1])]
@@ -203,9 +202,10 @@ def _image_reader(
         return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
 
     def ready(path: Path) -> Any:
-        """The file as it is, if it is a JPEG that needs no reduction and that the reading side decodes."""
-        with Image.open(path) as image:
+        """The file as it is, if it is an upright JPEG that needs no reduction and that the reading side decodes."""
+        with open_image(path) as image:
             (width, height), fits = image.size, image.format == "JPEG" and image.mode in ("RGB", "L")
+            fits = fits and orientation(image) == 1
         if not fits or _reduced(width, height, settings.max_side) != (width, height):
             return None
         data = path.read_bytes()
@@ -222,8 +222,8 @@ def _image_reader(
             keep = settings.mode == "unchanged" or (jpeg[index] and settings.quality is None)
             stored = ready(path) if keep else None
             return fit(read_rgb(path)) if stored is None else stored
-        except READ_ERRORS as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+        except Exception as error:
+            raise UserError(f"{path} cannot be read: {readable_error(error)}") from None
 
     return read
 

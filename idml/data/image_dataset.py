@@ -9,8 +9,10 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional
+
+from idml.data.pixels import check_pixels as check_pixels
+from idml.data.pixels import read_rgb as read_rgb  # its place from before it had a module
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,37 +131,6 @@ class DataSplits:
     test: ImageDataset
     val: ImageDataset | None
     preprocessing: Preprocessing
-
-
-def check_pixels(image: Image.Image) -> None:
-    """ValueError for an opened, not yet decoded image of so many pixels that it may be a decompression bomb."""
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million; it may be a "
-            "decompression bomb"
-        )
-
-
-def read_rgb(path: Path) -> Image.Image:
-    """The file as an RGB image; grey (also of 16 bits), CMYK, RGBA and palette images are converted.
-
-    Of an animation it is the first picture.
-
-    Raises:
-        OSError, ValueError, SyntaxError or Image.DecompressionBombError, as Pillow does, when it does not decode; also
-        ValueError when it is too large.
-    """
-    with Image.open(path) as image:
-        check_pixels(image)
-        return as_rgb(image)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, a new one; see ``read_rgb``."""
-    if image.mode.startswith("I;16"):  # Pillow would cut all values off at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def fit_square(images: np.ndarray, size: int) -> np.ndarray:

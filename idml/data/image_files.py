@@ -9,111 +9,115 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from idml.data.image_dataset import ImageDataset, check_pixels
+from idml.data.image_dataset import ImageDataset
+from idml.data.names import class_name, printable
+from idml.data.pixels import COMMON_SUFFIXES, as_rgb, has_8_bits, has_wide_grey, open_image, readable_error
+from idml.data.splits import check_classes
+from idml.data.walk import LeftOut, folders_of, images_below, images_in
+from idml.distributed import is_main
 from idml.errors import UserError
+from idml.paths import missing
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGES_ARE = f"of type {' '.join(COMMON_SUFFIXES)} or any other that Pillow reads"
+"""Which files are images, for errors."""
 
 
-def list_class_folders(folder: Path, *, layout: str) -> ImageDataset:
-    """All images below ``folder/<class>/``, classes and files in sorted order; hidden files (``._*``) are left out.
+def list_class_folders(folder: Path, *, layout: str, left_out: LeftOut | None = None) -> ImageDataset:
+    """All images below ``folder/<class>/``, classes and files in sorted order; see ``idml.data.walk``.
+
+    Folders whose names are one class in other code points (``class_name``) are one class.
 
     Args:
         folder: holds one folder per class.
         layout: what is expected, for the error.
+        left_out: gets what is no image, or in no class folder; None: it is warned of here.
 
     Raises:
-        UserError: no such folder, no class folders, or a class without images.
+        UserError: no such folder, no class folders, splits in place of classes, or a class without images.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; expected {layout}")
-    names = sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"no class folders in {folder}; expected {layout}")
-    classes = [printable(name) for name in names]
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        files = [
-            Path(parent, file)
-            for parent, _, below in os.walk(folder / name, onerror=_unreadable)
-            for file in below
-            if not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not files:
-            raise UserError(
-                f"no images in the class folder {folder / name} (of type {' '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        paths += sorted(files)
-        labels += [label] * len(files)
-    return ImageDataset(labels=np.array(labels, np.int64), classes=tuple(classes), paths=tuple(paths))
-
-
-def printable(name: str) -> str:
-    """The name of a file or folder as text that can be written anywhere: other characters and bytes are escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for character in name
+        raise UserError(f"{missing(folder)}; expected {layout}")
+    found = LeftOut() if left_out is None else left_out
+    folders = folders_of(folder)
+    found.loose += images_in(folder, found)
+    if not folders:
+        raise UserError("; ".join([f"no class folders in {folder}", *found.sentences(), f"expected {layout}"]))
+    check_classes(folder, folders, layout=layout)
+    files: dict[str, list[Path]] = {}
+    for each in folders:
+        files.setdefault(class_name(each.name), []).extend(_images_of_class(each, folder, found))
+    classes = tuple(sorted(files))
+    if left_out is None:
+        found.warn(folder)
+    return ImageDataset(
+        labels=np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes]).astype(np.int64),
+        classes=classes,
+        paths=tuple(path for name in classes for path in files[name]),
     )
 
 
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link that leads nowhere, or in circles, is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+def _images_of_class(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
+    others = LeftOut()
+    files = images_below(folder, others, within=root)
+    if not files:
+        raise UserError("; ".join([f"no images in the class folder {folder} ({IMAGES_ARE})", *others.sentences()]))
+    left_out.add(others)
+    return files
 
 
 def decoding_error(path: Path) -> str | None:
     """Why the file cannot be decoded to its last byte, or None. A JPEG is decoded small, which reads all of it."""
+    return _examined(path)[0]
+
+
+def _examined(path: Path) -> tuple[str | None, bool]:
+    """(why the file cannot be decoded, whether its greys are of a range that no format says)."""
     try:
+        if os.path.islink(path) and not os.path.exists(path):
+            return f"a link that leads nowhere, to {printable(str(path.readlink()))}", False
         if path.exists() and not path.is_file():
-            return "not a file"  # a pipe would be waited for
-        with Image.open(path) as image:
-            check_pixels(image)
+            return "not a file", False  # a pipe would be waited for
+        with open_image(path) as image:
             image.draft("RGB", (1, 1))
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
-    return None
+            if not has_8_bits(image):
+                as_rgb(image)  # which may fail
+            return None, has_wide_grey(image)
+    except Exception as error:
+        error = readable_error(error)
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        return str(error) or type(error).__name__, False
 
 
-def without_unreadable(dataset: ImageDataset, *, skip: bool, workers: int) -> ImageDataset:
+def without_unreadable(
+    dataset: ImageDataset, *, skip: bool, workers: int, left_out: LeftOut | None = None
+) -> ImageDataset:
     """The data set without the files that do not decode.
 
     Args:
         dataset: with ``paths``.
         skip: leave bad files out and warn with their number; otherwise any bad file is an error.
         workers: threads that decode.
+        left_out: gets the images whose greys are scaled by a guess.
 
     Raises:
         UserError: files do not decode and ``skip`` is off: their number and the first ten names.
     """
     assert dataset.paths is not None
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        errors = list(pool.map(decoding_error, dataset.paths, chunksize=64))
-    bad = [(path, error) for path, error in zip(dataset.paths, errors, strict=True) if error is not None]
+        examined = list(pool.map(_examined, dataset.paths, chunksize=64))
+    if left_out is not None:
+        left_out.wide += [path for path, (_, wide) in zip(dataset.paths, examined, strict=True) if wide]
+    bad = [(path, error) for path, (error, _) in zip(dataset.paths, examined, strict=True) if error is not None]
     if not bad:
         return dataset
     names = "; ".join(f"{path} ({error})" for path, error in bad[:10]) + (" ..." if len(bad) > 10 else "")
     summary = f"{len(bad)} of {len(dataset)} image files cannot be decoded: {names}"
     if not skip:
         raise UserError(f"{summary}. Repair or remove them, or go on without them with --skip-bad-images")
-    warnings.warn(f"left out: {summary}", UserWarning, stacklevel=2)
-    good = np.array([index for index, error in enumerate(errors) if error is None], np.int64)
+    if is_main():
+        warnings.warn(f"left out: {summary}", UserWarning, stacklevel=2)
+    good = np.array([index for index, (error, _) in enumerate(examined) if error is None], np.int64)
     return dataclasses.replace(dataset.subset(good), origin=None)  # nobody needs the bad files again

@@ -9,7 +9,9 @@ import numpy as np
 
 from idml.data.image_dataset import ImageDataset
 from idml.data.image_files import list_class_folders
+from idml.data.walk import folders_of
 from idml.errors import UserError
+from idml.paths import missing
 
 NUM_CLASSES, NUM_TRAIN, NUM_VAL = 1000, 1_281_167, 50_000
 """Classes and images of the full set (Russakovsky et al. 2015)."""
@@ -32,8 +34,8 @@ def read_imagenet(root: Path) -> tuple[ImageDataset, ImageDataset]:
     train = list_class_folders(root / "train", layout=LAYOUT)
     val_dir = root / "val"
     if not val_dir.is_dir():
-        raise UserError(f"no folder {val_dir}; expected {LAYOUT}")
-    if any(entry.is_dir() for entry in val_dir.iterdir()):
+        raise UserError(f"{missing(val_dir)}; expected {LAYOUT}")
+    if folders_of(val_dir):
         val = list_class_folders(val_dir, layout=LAYOUT)
         if val.classes != train.classes:
             raise UserError(f"{root}: train has {len(train.classes)} classes and val {len(val.classes)}, or other ones")

@@ -19,7 +19,9 @@ import numpy as np
 from idml.data.image_dataset import ImageDataset, Preprocessing
 from idml.data.image_files import without_unreadable
 from idml.data.retrieval_data import RetrievalData
+from idml.data.walk import LeftOut
 from idml.errors import UserError
+from idml.paths import missing
 
 if TYPE_CHECKING:
     from idml.config_dml import DmlConfig
@@ -89,19 +91,34 @@ def first_ten(items: Sequence[object], separator: str = ", ") -> str:
     return separator.join(map(str, items[:10])) + (f"{separator}..." if len(items) > 10 else "")
 
 
-_ESCAPES = re.compile(r"\A\Z|\A[A-Za-z]:|\A[/\\]|(\A|[/\\])\.\.([/\\]|\Z)|\0")
-"""Nothing, a Windows drive, a leading slash, ``..`` between slashes, a zero byte."""
+_ESCAPES = re.compile(r"\A\Z|(\A|[/\\])\.\.([/\\]|\Z)|\0")
+"""Nothing, ``..`` between slashes, a zero byte."""
+
+_ABSOLUTE = re.compile(r"\A[A-Za-z]:|\A[/\\]|\A~[/\\]")
+"""A Windows drive, a leading slash, the home directory."""
 
 
 def inside(root: Path, name: str) -> Path:
-    """``root / name`` for a relative path that a data file gives; symbolic links below ``root`` may lead anywhere.
+    """The path below ``root`` that a data file gives, relative or absolute; links below ``root`` may lead anywhere.
 
     Raises:
-        UserError: the path is empty, absolute, has ``..`` in it, or is none at all.
+        UserError: the path is empty, lies elsewhere, has ``..`` in it, or is none at all.
     """
     if _ESCAPES.search(name):
         raise UserError(f"expected a path below {root} without '..', got {name!r}")
-    return root / name
+    if not _ABSOLUTE.search(name):
+        return root / name
+    given = os.path.expanduser(name)
+    # With its folder's links followed, but not its own, as below the root.
+    real = os.path.join(os.path.realpath(os.path.dirname(given)), os.path.basename(given))
+    for path in (given, real):
+        for folder in (os.path.abspath(root), os.path.realpath(root)):
+            if path.startswith(os.path.join(folder, "")):
+                return root / os.path.relpath(path, folder)
+    raise UserError(
+        f"expected a path below {os.path.abspath(root)}, got {name!r}, which lies elsewhere: give --data-dir with a "
+        "folder that holds all images"
+    )
 
 
 def find_root(data_dir: Path, names: Iterable[str], markers: Iterable[str], *, expected: str) -> Path:
@@ -114,7 +131,7 @@ def find_root(data_dir: Path, names: Iterable[str], markers: Iterable[str], *, e
     for folder in candidates:
         if any((folder / marker).exists() for marker in markers):
             return folder
-    looked = ", ".join(map(str, candidates)) + ("" if data_dir.is_dir() else f" (there is no folder {data_dir})")
+    looked = ", ".join(map(str, candidates)) + ("" if data_dir.is_dir() else f" (there is {missing(data_dir)})")
     raise UserError(f"no {expected}; looked in {looked}; give --data-dir with the folder that has it")
 
 
@@ -207,6 +224,8 @@ def retrieval_data(listing: Listing, config: DmlConfig, *, check_files: bool) ->
     if sentence := not_full(listing):
         warnings.warn(f"{listing.root} is {sentence}", UserWarning, stacklevel=3)
 
+    left_out = LeftOut()
+
     def dataset(split: Split) -> ImageDataset:
         train_side = split == "train"
         used = np.unique([record.label for record in listing.records if (record.split == "train") == train_side])
@@ -216,13 +235,17 @@ def retrieval_data(listing: Listing, config: DmlConfig, *, check_files: bool) ->
         images = ImageDataset(labels=labels, classes=tuple(listing.classes[label] for label in used), paths=paths)
         if not (check_files or config.skip_bad_images):
             return images
-        return without_unreadable(images, skip=config.skip_bad_images, workers=config.workers)
+        return without_unreadable(images, skip=config.skip_bad_images, workers=config.workers, left_out=left_out)
 
-    preprocessing = Preprocessing(image_size=config.image_size or 224)
-    train = dataset("train")
-    if "test" in listing.counts():
-        return RetrievalData(train=train, test=dataset("test"), preprocessing=preprocessing)
-    return RetrievalData(train=train, test=dataset("query"), gallery=dataset("gallery"), preprocessing=preprocessing)
+    splits: tuple[Split, ...] = ("train", "test") if "test" in listing.counts() else ("train", "query", "gallery")
+    parts = {split: dataset(split) for split in splits}
+    left_out.warn(listing.root)
+    return RetrievalData(
+        train=parts["train"],
+        test=parts["test"] if "test" in parts else parts["query"],
+        gallery=parts.get("gallery"),
+        preprocessing=Preprocessing(image_size=config.image_size or 224),
+    )
 
 
 def split_by_number(numbers: Sequence[int], last_train: int) -> Callable[[int], Split]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from idml import distributed
 from idml.data.beton import (
     WRITE,
     BetonSettings,
+    CannotWriteError,
     beton_matches,
     check_beton,
     fingerprint,
@@ -49,8 +52,8 @@ def build_loader(
 
     ``auto`` takes FFCV where it imports. The .beton is looked for in ``cache_dir``, else beside the folder of the
     files, else in the user's cache: any one there that was written from this data serves. If none does, it is written,
-    such that no image changes (``BetonSettings.mode`` "unchanged"). Under torchrun rank 0 writes and the others wait
-    until the file is there, however long that takes.
+    such that no image changes (``BetonSettings.mode`` "unchanged"); where it cannot be, ``auto`` takes torch's loader.
+    Under torchrun rank 0 writes and the others wait until the file is there, however long that takes.
 
     Args:
         dataset: what to read.
@@ -64,7 +67,7 @@ def build_loader(
         arguments: those of ``TorchLoader``: batch_size, image_size, train, seed, workers, rank, world_size, pin_memory.
 
     Raises:
-        UserError: FFCV was asked for and does not import; ``beton`` does not fit; no .beton can be written.
+        UserError: FFCV was asked for and does not import, or no .beton can be written; ``beton`` does not fit.
     """
     chosen = dataset if subset is None else dataset.subset(subset)
     verbose = verbose and arguments.get("rank", 0) == 0
@@ -87,9 +90,16 @@ def build_loader(
         path, how = Path(beton), "asked for"
         check_beton(path, dataset.classes, len(dataset))
     else:
-        default = default_beton(dataset, source=source, split=split, cache_dir=cache_dir)
         main = arguments.get("rank", 0) == 0
-        path, how = _find_or_write(dataset, default, settings, source=source, split=split, main=main, say=say)
+        try:
+            path, how = _find_or_write(
+                dataset, settings, source=source, split=split, cache_dir=cache_dir, main=main, say=say
+            )
+        except CannotWriteError as error:
+            if loader == "ffcv" or (arguments.get("world_size", 1) > 1 and not isinstance(error, NowhereError)):
+                raise UserError(f"{error}; --cache-dir DIR names a place for .beton files, or --loader torch") from None
+            say(f"torch loader, because FFCV {error}; --cache-dir DIR names a place for .beton files")
+            return TorchLoader(chosen, **arguments)
     mode = read_sidecar(path).settings.mode
     say(f"FFCV loader ({'it imports' if loader == 'auto' else 'asked for'}), from {path} ({mode}, {how})")
     return ffcv_loader.FfcvLoader(chosen, beton=path, rows=subset, **arguments)
@@ -117,25 +127,40 @@ def split_loader(
     return build_loader(whole, subset=rows, loader=loader, source=source, split=split, cache_dir=cache_dir, **arguments)
 
 
+class NowhereError(CannotWriteError):
+    """There is no folder that a .beton could be written to: known before, and by every rank."""
+
+
 def _find_or_write(
     dataset: ImageDataset,
-    default: Path,
     settings: BetonSettings | None,
     *,
     source: str,
     split: str,
+    cache_dir: str | Path | None,
     main: bool,
     say: Callable[[str], None],
 ) -> tuple[Path, str]:
     """A .beton of the data set, and how it came about; ``main`` marks the process that writes it where there is none.
 
-    The others do not wait at a barrier: that would give up after minutes, where writing a large data set takes hours.
-    If the writing process fails, torchrun ends them.
+    Rank 0 decides. The others do not wait at a barrier until it has written: that would give up after minutes, where
+    writing a large data set takes hours. If the writing process fails, torchrun ends them.
     """
     digest = fingerprint(dataset)
-    found = find_beton(default, dataset, settings, digest)
+
+    def decide() -> tuple[Path | None, Path | None, str]:
+        """(a file that is there; else where it is to be written; else why it cannot be)."""
+        default = default_beton(dataset, source=source, split=split, cache_dir=cache_dir)
+        if default is None:
+            return None, None, "there is no home folder for it"
+        found = find_beton(default, dataset, settings, digest)
+        return found, default, "" if found else why_read_only(default.parent)
+
+    found, default, reason = distributed.from_main(decide)
     if found is not None:
         return found, "written earlier from the same images"
+    if default is None or reason:
+        raise NowhereError(f"cannot write {default or 'its file'}: {reason}")
     if main:
         unfit = beton_matches(default, dataset, settings, digest=digest) or ""
         say(f"writing {default} ({unfit.removesuffix(f'; {WRITE}') if default.exists() else 'there is none yet'})")
@@ -146,21 +171,40 @@ def _find_or_write(
     return default, "written now"
 
 
-def default_beton(dataset: ImageDataset, *, source: str, split: str, cache_dir: str | Path | None) -> Path:
+def why_read_only(folder: Path) -> str:
+    """Why no file can be made in a folder, which is made itself if it is not there; empty if one can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def default_beton(dataset: ImageDataset, *, source: str, split: str, cache_dir: str | Path | None) -> Path | None:
     """Where the .beton of a data set is written when nobody says.
 
     In ``cache_dir``; without it beside the folder that holds the files (photos/train.beton for photos/train); for
-    images in memory, or where that cannot be written, in the user's cache ($XDG_CACHE_HOME/idml, ~/.cache/idml).
+    images in memory, or where that cannot be written, in the user's cache ($XDG_CACHE_HOME/idml, ~/.cache/idml); None
+    for a user without a home, as containers have them.
     """
-    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "idml")
+    cache = Path(cache_dir) if cache_dir else user_cache()
     if dataset.images is not None:
-        return cache / f"{source}-{split}-{dataset.images.shape[1]}px.beton"
+        return None if cache is None else cache / f"{source}-{split}-{dataset.images.shape[1]}px.beton"
     folder = Path(os.path.abspath(shared_folder(dataset)))
     name = split if folder.name == split else f"{folder.name}-{split}"
     if cache_dir is None and os.access(folder.parent, os.W_OK):
         return folder.parent / f"{name}.beton"
     # Two folders of one name must not share a file.
-    return cache / f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.beton"
+    return None if cache is None else cache / f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.beton"
+
+
+def user_cache() -> Path | None:
+    """Where this package keeps files of a user; None where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "idml")
+    except RuntimeError:
+        return None
 
 
 def find_beton(default: Path, dataset: ImageDataset, settings: BetonSettings | None, digest: str) -> Path | None:

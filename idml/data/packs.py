@@ -12,7 +12,9 @@ import numpy as np
 
 from idml.data.image_dataset import ImageDataset, Preprocessing, fit_square
 from idml.data.retrieval_data import RetrievalData
+from idml.data.walk import entries_of
 from idml.errors import UserError
+from idml.paths import missing
 
 SPLIT_SEED = 0
 """Shuffles the classes before they are halved, which mixes the categories: code points are sorted by topic. With it,
@@ -77,10 +79,10 @@ def find_pack(data_dir: str | None, dataset: str, usual: str, hint: str) -> Path
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"no file or folder {path}; --data-dir must be {layout}")
+        raise UserError(f"{missing(path, 'file or folder')}; --data-dir must be {layout}")
     if (path / usual).is_file():
         return path / usual
-    found = sorted(path.glob("*.npz"))
+    found = [path / entry.name for entry in entries_of(path) if entry.name.endswith(".npz")]
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:5])
         got = f"has {len(found)} .npz files ({names})" if found else "has no .npz file"

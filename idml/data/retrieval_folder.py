@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
-import warnings
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from idml.data.image_files import list_class_folders
 from idml.data.listing import SPLITS, Listing, Record, Split, first_ten, inside, retrieval_data
+from idml.data.names import Role, class_name, split_role
 from idml.data.retrieval_data import RetrievalData
+from idml.data.splits import find_splits, slashed
+from idml.data.walk import LeftOut, images_in
 from idml.errors import UserError, nearest
+from idml.paths import missing, nearest_path, user_path
 
 if TYPE_CHECKING:
     from idml.config_dml import DmlConfig
@@ -44,11 +48,15 @@ def list_folder(root: Path, test_fraction: float) -> Listing:
     Raises:
         UserError: folders are missing, empty, or contradict one another, or there are too few classes.
     """
-    splits = _split_folders(root)
+    if not root.is_dir():
+        raise UserError(f"{missing(root)}; expected {FOLDER_LAYOUT}")
+    left_out = LeftOut()
+    splits = _split_folders(root, left_out)
     if not splits:
-        images = list_class_folders(root, layout=FOLDER_LAYOUT)
+        images = list_class_folders(root, layout=FOLDER_LAYOUT, left_out=left_out)
         assert images.paths is not None
         boundary = _first_test_class(len(images.classes), test_fraction, f"{root} ({FOLDER_LAYOUT})")
+        left_out.warn(root)
         records = [
             Record(path, int(label), "train" if label < boundary else "test")
             for path, label in zip(images.paths, images.labels, strict=True)
@@ -56,7 +64,11 @@ def list_folder(root: Path, test_fraction: float) -> Listing:
         return Listing(
             name="folder", root=root, variant="one folder per class", classes=images.classes, records=tuple(records)
         )
-    parts = {split: list_class_folders(folder, layout=FOLDER_LAYOUT) for split, folder in splits.items()}
+    left_out.loose += images_in(root, left_out)
+    parts = {
+        split: list_class_folders(folder, layout=FOLDER_LAYOUT, left_out=left_out) for split, folder in splits.items()
+    }
+    left_out.warn(root)
     classes = tuple(sorted({name for part in parts.values() for name in part.classes}))
     label_of = {name: label for label, name in enumerate(classes)}
     records = [
@@ -64,33 +76,45 @@ def list_folder(root: Path, test_fraction: float) -> Listing:
         for split, part in parts.items()
         for path, label in zip(part.paths or (), part.labels, strict=True)
     ]
+    folders = slashed(list(splits.values()))
     return Listing(
         name="folder",
         root=root,
-        variant=", ".join(f"{folder.name}/" for folder in splits.values()),
+        variant=folders,
         classes=classes,
         records=tuple(records),
-        disjoint_hint=f"put all class folders in one folder without {'/, '.join(f.name for f in splits.values())}/ "
-        "and use --test-fraction 0.5, or rename classes that only have the name in common",
+        disjoint_hint=f"put all class folders in one folder without {folders} and use --test-fraction 0.5, or rename "
+        "classes that only have the name in common",
     )
 
 
-def _split_folders(root: Path) -> dict[Split, Path]:
-    """The folders of the splits; empty where class folders lie in ``root`` itself (one may be called train)."""
-    there = {name: root / name for name in ("train", "test", "val", "query", "gallery") if (root / name).is_dir()}
-    if "train" not in there or len(there) == 1:
+def _split_folders(root: Path, left_out: LeftOut) -> dict[Split, Path]:
+    """The folders of the splits; empty where class folders lie in ``root`` itself (one may be called train).
+
+    Raises:
+        UserError: there are splits, but not those that it takes.
+    """
+    found = find_splits(root)
+    there = found.labelled
+    if not found.folders:
         return {}
+    if flat := [folder for role, folder in found.flat.items() if role == "train" or not there.keys() - {"train"}]:
+        raise UserError(f"{root}: there are no class folders in {slashed(flat)}; expected {FOLDER_LAYOUT}")
+    if "train" not in there or len(there) == 1:
+        names = slashed(list(there.values()))
+        lacks = "test/" if "train" in there else "train/"
+        raise UserError(f"{root} has {names} with class folders in it, but no {lacks}; expected {FOLDER_LAYOUT}")
     if ("query" in there) != ("gallery" in there):
         raise UserError(f"{root}: expected query/ and gallery/ together, got only one of them")
     if "query" in there and "test" in there:
         raise UserError(f"{root}: expected either test/ or query/ and gallery/, got all three: move one away")
+    roles: tuple[Role, ...] = ("train", "test" if "test" in there else "val")
+    chosen: dict[Split, Role] = {"train": "train", "test": roles[1]}
     if "query" in there:
-        chosen: dict[Split, str] = {"train": "train", "query": "query", "gallery": "gallery"}
-    else:
-        chosen = {"train": "train", "test": "test" if "test" in there else "val"}
-    if unused := set(there) - set(chosen.values()):
-        warnings.warn(f"{root / unused.pop()} is not used", UserWarning, stacklevel=2)
-    return {split: there[name] for split, name in chosen.items()}
+        chosen = {"train": "train", "query": "query", "gallery": "gallery"}
+    used = {split: there[role] for split, role in chosen.items()}
+    left_out.unused += [folder for folder in (*found.folders.values(), *found.others) if folder not in used.values()]
+    return used
 
 
 def _first_test_class(count: int, test_fraction: float, where: str) -> int:
@@ -127,6 +151,8 @@ def list_csv(file: str | None, data_dir: str | None, test_fraction: float) -> Li
         raise UserError(f"dataset csv needs --csv FILE with {CSV_LAYOUT}")
     path = Path(file)
     root = Path(data_dir) if data_dir is not None else path.parent
+    if path.exists() and not root.is_dir():
+        raise UserError(f"{missing(root)}; expected the folder that the paths in {path} are of")
     rows, problems = _read_rows(path, root)
     labels = {label for _, label, _ in rows}
     numbers = all(label.isdecimal() for label in labels)
@@ -164,6 +190,7 @@ def _read_rows(file: Path, root: Path) -> tuple[list[tuple[Path, str, Split | No
                     continue
                 try:
                     image, label, split = _parse_row(header, fields, root)
+                    image = image if os.path.lexists(image) else user_path(image)
                     if image in first_line:
                         raise UserError(f"{image} is in line {first_line[image]} already")
                     first_line[image] = table.line_num
@@ -171,7 +198,8 @@ def _read_rows(file: Path, root: Path) -> tuple[list[tuple[Path, str, Split | No
                 except UserError as error:
                     problems.append(f"line {table.line_num}: {error}")
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; expected a file with {CSV_LAYOUT}") from None
+        near = "" if os.path.lexists(file) else f"; {nearest_path(file)}"
+        raise UserError(f"cannot read {file}: {error.strerror}{near}; expected a file with {CSV_LAYOUT}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} is not a CSV file in UTF-8 ({error}); expected {CSV_LAYOUT}") from None
     if not rows and not problems:
@@ -195,7 +223,7 @@ def _parse_row(header: Sequence[str], fields: list[str], root: Path) -> tuple[Pa
             f"expected {len(header)} columns, got {len(fields)}; put quotes around a path with a comma in it"
         )
     row = dict(zip(header, [*fields, *[""] * (len(header) - len(fields))], strict=False))
-    label = row["label"].strip()
+    label = class_name(row["label"].strip())
     if not label:
         raise UserError("expected a label, got none")
     image = inside(root, row["path"].strip())
@@ -203,6 +231,6 @@ def _parse_row(header: Sequence[str], fields: list[str], root: Path) -> tuple[Pa
         return image, label, None
     value = row["split"].strip()
     for split in SPLITS:
-        if value == split:
+        if split in (value, split_role(value)):
             return image, label, split
     raise UserError(f"expected split train, test, query or gallery, got {value!r}{nearest(value, SPLITS)}")

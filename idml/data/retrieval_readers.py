@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from idml.data.cars import list_cars
-from idml.data.image_files import IMAGE_SUFFIXES
 from idml.data.listing import (
     Counts,
     Listing,
@@ -21,6 +19,7 @@ from idml.data.listing import (
     split_by_number,
 )
 from idml.data.retrieval_data import RetrievalData
+from idml.data.walk import LeftOut, folders_of, images_in
 from idml.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,22 +53,20 @@ def list_cub(data_dir: Path) -> Listing:
     root = find_root(data_dir, ["CUB_200_2011"], ["images"], expected=f"CUB-200-2011: expected {CUB_LAYOUT}")
     folders: dict[int, Path] = {}
     problems: list[str] = []
-    for entry in sorted(os.scandir(root / "images"), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
-        match = re.match(r"(\d+)\.", entry.name)
+    for folder in folders_of(root / "images"):
+        match = re.match(r"(\d+)\.", folder.name)
         if match is None or int(match.group(1)) in folders:
             got = "a second one of this number" if match else "a folder without a number"
-            problems.append(f"{entry.path}: expected one folder per class, as 001.Black_footed_Albatross, got {got}")
+            problems.append(f"{folder}: expected one folder per class, as 001.Black_footed_Albatross, got {got}")
         else:
-            folders[int(match.group(1))] = Path(entry.path)
+            folders[int(match.group(1))] = folder
     if len(folders) < 2:
         raise UserError(f"expected at least 2 class folders in {root / 'images'}, got {len(folders)}: {CUB_LAYOUT}")
 
     numbers = sorted(folders)
     split_of = split_by_number(numbers, CUB_LAST_TRAIN)
     whole = numbers == list(range(1, CUB_CLASSES + 1))
-    files = {number: set(_image_names(folders[number])) for number in numbers}
+    files = {number: {path.name for path in images_in(folders[number], LeftOut())} for number in numbers}
     if whole and (root / "images.txt").is_file():
         try:
             listed = _cub_list(root / "images.txt")
@@ -95,18 +92,6 @@ def list_cub(data_dir: Path) -> Listing:
         expected=CUB_COUNTS,
         must_be_full=whole,
     )
-
-
-def _image_names(folder: Path) -> list[str]:
-    """Names of the image files in a folder; hidden ones (the archive has ``._*`` files of macOS) are left out."""
-    with os.scandir(folder) as entries:
-        return [
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-            and entry.is_file()
-        ]
 
 
 def _cub_list(path: Path) -> dict[str, set[str]]:

@@ -7,6 +7,10 @@ order with the last partial batch kept.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -26,8 +30,8 @@ from idml.data.image_dataset import (
     Interpolation,
     Preprocessing,
     fit_square,
-    read_rgb,
 )
+from idml.data.pixels import read_rgb
 from idml.data.sampling import (
     balanced_batches,
     eval_batches,
@@ -141,7 +145,7 @@ class _Batches(Dataset):
         assert self.dataset.paths is not None
         try:
             image = read_rgb(self.dataset.paths[index])
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError) as error:
             raise TrainingError(f"{self.dataset.paths[index]} could not be read during training: {error}") from None
         if not self.train:
             return as_evaluated(image, self.preprocessing)
@@ -151,16 +155,17 @@ class _Batches(Dataset):
 
 
 class _EpochBatchSampler:
-    """Yields the batches of ``self.epoch`` from ``self.start`` on, as (epoch, indices): workers know the epoch."""
+    """Yields the ``batches`` of ``epoch`` as (epoch, indices): workers know the epoch."""
 
-    def __init__(self, loader: TorchLoader) -> None:
-        self.loader, self.epoch, self.start = loader, 0, 0
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches: list[np.ndarray] = []
 
     def __len__(self) -> int:
-        return len(self.loader) - self.start
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for batch in self.loader.batches(self.epoch)[self.start :]:
+        for batch in self.batches:
             yield self.epoch, batch
 
 
@@ -168,8 +173,40 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Without torch's warning of more workers than CPUs: they wait for disks too, and a default must suit everybody."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+_with_workers: weakref.WeakSet[TorchLoader] = weakref.WeakSet()
+"""Loaders whose worker processes have been started."""
+
+
+def close_loaders() -> None:
+    """End the worker processes of all loaders.
+
+    Otherwise multiprocessing ends them by SIGTERM when the interpreter ends, and torch, which still watches them,
+    raises an error that nobody can catch.
+    """
+    for loader in list(_with_workers):
+        with contextlib.suppress(RuntimeError):  # torch raises it where a worker was killed just now
+            loader.close()
+
+
+def _close_at_exit() -> None:
+    """Have ``close_loaders`` called before all that has been registered so far, torch's own callbacks included."""
+    atexit.unregister(close_loaders)
+    atexit.register(close_loaders)
+
+
 class TorchLoader(DealtBatches):
     """Batches of an ``ImageDataset``; see the module's contract.
+
+    Worker processes are started by the first epoch and stay for the next ones, until the loader is closed, forgotten,
+    or the program ends.
 
     Args:
         dataset: in memory or as files.
@@ -203,28 +240,34 @@ class TorchLoader(DealtBatches):
     ) -> None:
         self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
         self.rank, self.world_size, self.per_class = rank, world_size, per_class
-        self._sampler = _EpochBatchSampler(self)
+        self._sampler = _EpochBatchSampler()
         workers = workers if dataset.paths is not None else 0
         preprocessing = Preprocessing(
             image_size=image_size, fit=fit, crop_share=crop_share, interpolation=interpolation
         )
         self._fetch = _Batches(dataset, preprocessing, train, seed)
-        self._loader: DataLoader[Any] = DataLoader(
-            self._fetch,
-            batch_sampler=self._sampler,  # type: ignore[arg-type]  # torch passes on whatever it yields
-            collate_fn=_identity,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=worker_init if workers else None,
-            # Its own, so that starting an epoch anew draws nothing from the generator that training draws from.
-            generator=torch.Generator(),
-        )
+        with _any_number_of_workers():
+            self._loader: DataLoader[Any] = DataLoader(
+                self._fetch,
+                batch_sampler=self._sampler,  # type: ignore[arg-type]  # torch passes on whatever it yields
+                collate_fn=_identity,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=pin_memory,
+                worker_init_fn=worker_init if workers else None,
+                # Its own, so that starting an epoch anew draws nothing from the generator that training draws from.
+                generator=torch.Generator(),
+            )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
-        self._sampler.epoch, self._sampler.start = epoch, start
-        batches = iter(self._loader)
+        self._sampler.epoch, self._sampler.batches = epoch, self.batches(epoch)[start:]
+        if self._loader.num_workers:
+            _with_workers.add(self)
+        with _any_number_of_workers():
+            batches = iter(self._loader)
+        if self._loader.num_workers:
+            _close_at_exit()
         while True:
             try:
                 batch = next(batches, None)
@@ -240,3 +283,10 @@ class TorchLoader(DealtBatches):
     def images_at(self, indices: Sequence[int]) -> Tensor:
         """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""
         return self._fetch.fetch(0, np.array(indices))[0]
+
+    def close(self) -> None:
+        """End the worker processes, once they have finished what they are at; another epoch starts new ones."""
+        _with_workers.discard(self)
+        workers, self._loader._iterator = self._loader._iterator, None
+        if workers is not None:
+            workers._shutdown_workers()  # type: ignore[attr-defined]  # torch itself calls it when it drops them

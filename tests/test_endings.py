@@ -1,0 +1,168 @@
+"""How whole runs with worker processes end: nothing on stderr, or one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from idml.data.torch_loader import TorchLoader, close_loaders
+from tests.test_train_cls import ROOT
+from tests.test_users_files import put_classes
+
+OPTIONS = ["--model", "resnet8_cifar", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--loader", "torch"]
+OPTIONS += ["--max-steps", "2"]
+
+RUNS = {
+    "classes": ["train_cls.py", "--dataset", "folder", "--data-dir", "split", *OPTIONS],
+    "retrieval": ["train_dml.py", "--dataset", "folder", "--data-dir", "photos", "--ks", "1", *OPTIONS],
+    "table": [
+        "train_dml.py",
+        "--dataset",
+        "csv",
+        "--csv",
+        "photos/table.csv",
+        "--ks",
+        "1",
+        "--eval-every",
+        "2",
+        *OPTIONS,
+    ],
+}
+EVALUATE = ["-m", "idml", "evaluate", "--checkpoint", "run classes 0", "--data-dir", "split"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """``photos/<class>``, ``photos/table.csv`` and ``split/{train,val}/<class>``."""
+    put_classes(tmp_path / "photos", "abcd")
+    for split in ("train", "val"):
+        put_classes(tmp_path / "split" / split, "abc")
+    with (tmp_path / "photos/table.csv").open("w", newline="", encoding="utf-8") as stream:
+        rows = [(f"{label}/{number}.png", label) for label in "abcd" for number in range(6)]
+        csv.writer(stream).writerows([("path", "label"), *rows])
+    return tmp_path
+
+
+def start(place: Path, arguments: list[str], **options: str) -> subprocess.Popen[str]:
+    script = [str(ROOT / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else arguments
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *script], cwd=place, text=True, env=environment, **pipes)  # type: ignore[call-overload]
+
+
+def check_endings(place: Path, kinds: list[str], times: int) -> None:
+    for time in range(times):
+        for kind in kinds:
+            process = start(place, [*RUNS[kind], "--output-dir", f"run {kind} {time}"])
+            out, errors = process.communicate(timeout=300)
+            assert (process.returncode, errors) == (0, ""), f"{kind}, time {time}: {out}"
+        process = start(place, EVALUATE)
+        out, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (0, ""), f"evaluate, time {time}: {out}"
+
+
+def test_runs_that_succeed_say_nothing(place: Path) -> None:
+    """With the default number of workers, of which there may be more than CPUs."""
+    check_endings(place, list(RUNS), 1)
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Two processes for each CPU that do nothing but compute."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_runs_that_succeed_say_nothing_twenty_times_under_load(place: Path, busy: None) -> None:
+    check_endings(place, list(RUNS), 20)
+
+
+@pytest.mark.parametrize("script", ["train_cls.py", "train_dml.py"])
+def test_an_image_that_vanishes_while_workers_run(place: Path, script: str) -> None:
+    arguments = RUNS["classes" if script == "train_cls.py" else "retrieval"]
+    process = start(place, [*arguments[:-2], "--epochs", "500", "--output-dir", "run"])
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    for gone in (place / "split/train/a/3.png", place / "photos/a/3.png"):
+        gone.unlink()
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, out
+    assert errors.count("\n") == 1 and errors.startswith("error: ") and "a/3.png could not be read" in errors
+
+
+def test_a_run_that_is_stopped_ends_with_one_line(place: Path) -> None:
+    process = start(place, [*RUNS["classes"][:-2], "--epochs", "500", "--output-dir", "run"])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if line != "finishing the step, then saving"]
+    assert process.returncode == 143 and len(lines) == 1 and lines[0].startswith("stopped after step")
+
+
+SCRIPT = """
+import sys
+from idml.data.image_files import list_class_folders
+from idml.data.torch_loader import TorchLoader
+loader = TorchLoader(list_class_folders(__import__("pathlib").Path("photos"), layout=""), batch_size=4, image_size=32,
+                     train=False, workers=2)
+batches = loader.epoch(0)
+next(batches)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("", 0), ("sys.exit(3)", 3), ("loader = None", 0), ("loader.close(); loader.close()", 0)]
+)
+def test_programs_of_ones_own_end_quietly(place: Path, end: str, code: int) -> None:
+    """In the middle of an epoch, whoever still holds its iterator."""
+    process = start(place, ["-c", SCRIPT.format(end=end)])
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (code, "")
+
+
+def workers_of(loader: TorchLoader) -> list[int]:
+    running = loader._loader._iterator
+    return [] if running is None else [worker.pid for worker in running._workers]  # type: ignore[attr-defined]
+
+
+def alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[1][:3]
+
+
+def test_workers_end_with_their_loader(place: Path) -> None:
+    from idml.data.image_files import list_class_folders
+
+    dataset = list_class_folders(place / "photos", layout="")
+    loader = TorchLoader(dataset, batch_size=4, image_size=32, train=False, workers=2)
+    first = [labels.tolist() for _, labels in loader.epoch(0)]
+    processes = workers_of(loader)
+    assert len(processes) == 2 and all(map(alive, processes))
+    assert [labels.tolist() for _, labels in loader.epoch(1)] == first and workers_of(loader) == processes, "they stay"
+    loader.close()
+    assert not any(map(alive, processes)) and workers_of(loader) == []
+    assert [labels.tolist() for _, labels in loader.epoch(2)] == first, "it starts new ones"
+    processes = workers_of(loader)
+    close_loaders()
+    assert not any(map(alive, processes))
+    assert next(loader.epoch(3))[1].tolist() == first[0]
+    processes = workers_of(loader)
+    del loader
+    assert not any(map(alive, processes)), "no circle of references keeps them"
