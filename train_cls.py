@@ -28,10 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
-    CLEAN_SHARE,
-    CLEAN_SHARE_WITH_MIXING,
     MixedBatch,
-    PerturbedBatch,
     apply_color_jitter,
     apply_crop,
     apply_cutmix,
@@ -47,7 +44,6 @@ from augment import (
     sample_flip,
     sample_lighting,
     sample_mixup,
-    spoilt_images,
 )
 from idml import distributed
 from idml.backbones import create_backbone
@@ -62,14 +58,11 @@ from idml.data.torch_loader import Loader
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
-from idml.evaluation import Evaluation, calibrate, evaluate, probe_uncertainty
-from idml.foresight import alteration_loss, foresight_loss
-from idml.heads import Foresight
+from idml.evaluation import Evaluation, evaluate, probe_uncertainty
 from idml.metrics.classification import classification_metrics, uncertainty_metrics
-from idml.models import ClassifierOutput, IntrospectiveClassifier
+from idml.models import IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
-from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
 from idml.run import Run
@@ -85,9 +78,6 @@ from idml.runtime import (
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
-
-Foreseen = tuple[Foresight, Tensor]
-"""What the uncertainty head says of images, and the (B, C) logits of the classifier for them."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -154,7 +144,6 @@ def build_model(config: ClsConfig, data: DataSplits) -> IntrospectiveClassifier:
         uncertainty_dim=config.uncertainty_dim,
         ism=config.ism,
         temperature=config.temperature,
-        uncertainty_loss=config.uncertainty_loss,
     )
 
 
@@ -235,8 +224,6 @@ def evaluate_epoch(
     if loaders.val:
         val = evaluate(model, loaders.val, *measured, flip=flip)
         metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
-        if config.uncertainty_loss != "none":
-            calibrate(model, val.predictions)  # before the test images are scored
     test = evaluate(model, loaders.test, *measured, flip=flip)
     metrics |= classification_metrics(test.predictions, len(classes))
     if config.ism != "off":
@@ -249,26 +236,9 @@ def evaluate_epoch(
     return metrics, test
 
 
-class WithSpoilt(nn.Module):
-    """The network for a batch and, beside it, for images that its uncertainty head alone learns from.
-
-    One call, so that under DDP the gradients of both are averaged once.
-    """
-
-    def __init__(self, network: nn.Module, model: nn.Module) -> None:
-        super().__init__()
-        self.network, self.model = network, model
-
-    def forward(self, images: Tensor, spoilt: Tensor | None = None) -> tuple[ClassifierOutput, Foreseen | None]:
-        """The output for the images, and (Foresight, logits) of the spoilt ones."""
-        output = self.network(images)
-        return output, None if spoilt is None else self.model.foresee(spoilt)
-
-
 def wrap(model: nn.Module, config: ClsConfig, device: torch.device) -> nn.Module:
     """What is called in training: the model compiled and distributed, as far as asked for."""
-    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    network: nn.Module = WithSpoilt(compiled, model)
+    network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     if distributed.world_size() > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     return network
@@ -286,9 +256,8 @@ def train_epoch(
     def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
         images = images if size is None else resize(images, size)
         images = crop_and_flip(images, config, state.generator)
-        spoilt = spoil(images, labels, config, data.preprocessing, state)
         batch = colour_and_mix(images, labels, config, data.preprocessing, state.generator)
-        step(state, guard, batch, spoilt, config, global_size)
+        step(state, guard, batch, config, global_size)
         if batch.labels_b is not batch.labels_a and not saver.run.has_picture("mixed"):
             draw_mixed(saver.run, batch, data, state.step)
 
@@ -299,7 +268,6 @@ def step(
     state: TrainingState,
     guard: FiniteGuard,
     batch: MixedBatch,
-    spoilt: PerturbedBatch | None,
     config: ClsConfig,
     global_size: int,
 ) -> None:
@@ -307,55 +275,29 @@ def step(
 
     Every image weighs the same in the gradient, however unevenly a last batch falls to ranks and parts: a part's mean
     loss is weighted by its share of the global batch, and by the number of ranks, over which DDP averages. The state
-    notes this rank's share of the batch's mean loss; the sum over the ranks is the mean itself. The loss of the
-    uncertainty head is no part of it.
+    notes this rank's share of the batch's mean loss; the sum over the ranks is the mean itself.
     """
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
     parts = split(batch, config.grad_accum)
-    spoilt_parts = [None] * len(parts) if spoilt is None else split_perturbed(spoilt, len(parts))
     total, exponent = torch.zeros((), device=state.device), torch.zeros((), device=state.device)
-    for number, (part, spoilt_part) in enumerate(zip(parts, spoilt_parts, strict=True)):
+    for number, part in enumerate(parts):
         distributed_network = isinstance(state.network, DistributedDataParallel)
         wait = distributed_network and number < len(parts) - 1
         with state.network.no_sync() if wait else contextlib.nullcontext():
             with autocast(state.device, config.precision):
-                output, foreseen = state.network(part.images, None if spoilt_part is None else spoilt_part.images)
+                output = state.network(part.images)
             loss = mixed_cross_entropy(output.introspective_logits, part, label_smoothing=config.label_smoothing)
             share = len(part.images) / global_size
             total += loss.detach() * share
             exponent += 0 if output.exponent is None else output.exponent.mean() * share
-            if output.foresight is not None:
-                head_loss = uncertainty_loss(output, part, foreseen, spoilt_part)
-                loss = loss + head_loss  # of the head alone, which has an optimizer of its own
             state.scaler.scale(loss * share * distributed.world_size()).backward()
     columns = {name: value for name, value in output._asdict().items() if isinstance(value, Tensor) and value.ndim == 2}
     figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
-    if output.foresight is not None:
-        figures["loss of the uncertainty head"] = head_loss.detach()
     if config.ism == "live":
         state.model.follow(distributed.all_reduce_sum(exponent))
     if guard.update(total, figures) and state.ema is not None:
         state.ema.update(state.model, step=state.step)
-
-
-def uncertainty_loss(
-    output: ClassifierOutput, batch: MixedBatch, foreseen: Foreseen | None, spoilt: PerturbedBatch | None
-) -> Tensor:
-    """What the uncertainty head is trained by: the batch itself, and images that were spoilt for it to be unsure of."""
-    assert output.foresight is not None
-    lam = batch.lam.expand(len(batch.images))
-    foresight, logits = output.foresight, output.logits
-    rows = [(batch.labels_a, batch.labels_b, lam, torch.ones_like(lam, dtype=torch.bool))]
-    if foreseen is not None and spoilt is not None:
-        foresight = Foresight(*(torch.cat(pair) for pair in zip(foresight, foreseen[0], strict=True)))
-        logits = torch.cat([logits, foreseen[1]])
-        rows.append((spoilt.labels_a, spoilt.labels_b, spoilt.lam, spoilt.clean))
-    labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
-    loss = foresight_loss(foresight.foreseen_loss, foresight.belief, logits, labels_a, labels_b, lam, answers)
-    if foreseen is None or spoilt is None:
-        return loss + 0 * output.foresight.altered.sum()  # DDP forbids parameters that no loss reaches
-    return loss + alteration_loss(foreseen[0].altered, spoilt.lam, spoilt.clean)
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
@@ -367,11 +309,6 @@ def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
     return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in columns]
 
 
-def split_perturbed(batch: PerturbedBatch, parts: int) -> list[PerturbedBatch]:
-    """The batch in ``parts`` parts of about the same size."""
-    return [PerturbedBatch(*columns) for columns in zip(*(column.tensor_split(parts) for column in batch), strict=True)]
-
-
 def crop_and_flip(images: Tensor, config: ClsConfig, generator: torch.Generator) -> Tensor:
     """(B, 3, S, S) uint8 -> the same, on the images' device; draws from a CPU generator."""
     count, padding = len(images), config.crop_padding
@@ -380,29 +317,6 @@ def crop_and_flip(images: Tensor, config: ClsConfig, generator: torch.Generator)
     if offsets is not None:
         return apply_crop(images, offsets, padding=padding, flip=flip)
     return images if flip is None else apply_flip(images, flip)
-
-
-def spoil(
-    images: Tensor, labels: Tensor, config: ClsConfig, preprocessing: Preprocessing, state: TrainingState
-) -> PerturbedBatch | None:
-    """Some of the batch's images, spoilt so that the uncertainty head sees what the model is unsure of; normalised.
-
-    They are drawn by the step's number alone: the classifier's own training is the same with and without them.
-
-    Args:
-        images: (B, 3, S, S) uint8, as they are trained on but for colour and mixing.
-        labels: (B,) int64.
-    """
-    if config.uncertainty_loss == "none" or config.uncertainty_share == 0:
-        return None
-    assert config.uncertainty_shifts is not None
-    generator, kinds = step_generator(state.seed, state.step), config.uncertainty_shifts
-    clean = CLEAN_SHARE if config.mix == "none" else CLEAN_SHARE_WITH_MIXING
-    batch = spoilt_images(images, labels, config.uncertainty_share, kinds, clean, generator, least=config.grad_accum)
-    images = normalise(batch.images, preprocessing.mean, preprocessing.std)
-    return batch._replace(
-        images=images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
-    )
 
 
 def colour_and_mix(

@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import (
-    CLEAN_SHARE,
     MixedBatch,
-    PerturbedBatch,
     apply_crop,
     apply_cutmix,
     apply_flip,
@@ -40,7 +38,6 @@ from augment import (
     sample_cutmix,
     sample_flip,
     sample_mixup,
-    spoilt_images,
 )
 from idml import distributed
 from idml.backbones import create_backbone
@@ -56,14 +53,12 @@ from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
-from idml.foresight import alteration_loss, foresight_loss
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
-from idml.random_state import step_generator
 from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
 from idml.resume import check_same_run, planned_steps
-from idml.retrieval_evaluation import Embedded, Found, calibrate, embed, held_out_metrics, search
+from idml.retrieval_evaluation import Embedded, Found, embed, held_out_metrics, search
 from idml.run import Run
 from idml.run_directory import run_directory, stored_if_possible
 from idml.runtime import (
@@ -169,8 +164,6 @@ def build_model(config: DmlConfig, num_classes: int) -> IntrospectiveEmbedder:
         config.pool,
         config.ism,
         l2_norm=bool(config.l2_norm),
-        uncertainty_loss=config.uncertainty_loss,
-        num_classes=num_classes,
     )
 
 
@@ -185,7 +178,6 @@ def build_loss(config: DmlConfig, num_classes: int) -> MetricLoss:
         margin=config.mrg,
         scale=config.alpha,
         proxy_norm=config.proxy_norm,
-        track_centres=config.uncertainty_loss != "none",
     )
 
 
@@ -272,15 +264,10 @@ def train(
 def evaluate_held_out(
     config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders
 ) -> dict[str, float]:
-    """R@K, RP and MAP@R of held-out training classes searching one another, as ``val_R@1`` and so on; empty of none.
-
-    With loss prediction the probability of an error is calibrated on them, before the test images are scored.
-    """
+    """R@K, RP and MAP@R of held-out training classes searching one another, as ``val_R@1`` and so on; empty of none."""
     if not loaders.val:
         return {}
     held_out = embed(model, loaders.val, data.preprocessing, config.precision)
-    if config.uncertainty_loss != "none":
-        calibrate(model, held_out)
     return held_out_metrics(held_out, config, next(model.parameters()).device)
 
 
@@ -294,26 +281,24 @@ def evaluate_model(
 
 
 class Parts(nn.Module):
-    """The network for one or more batches of images: in one forward pass where no batch norm would mix them up.
+    """The network for one or two batches of images: in one forward pass where no batch norm would mix them up.
 
-    One call, so that under DDP the gradients of all parts are averaged once; those of images that the uncertainty head
-    alone learns from, too.
+    One call, so that under DDP the gradients of both parts are averaged once.
     """
 
     def __init__(self, network: nn.Module, model: IntrospectiveEmbedder) -> None:
         super().__init__()
         self.network, self.model = network, model
 
-    def forward(self, *parts: Tensor, spoilt: Tensor | None = None) -> list[EmbedderOutput]:
-        """An output for each part, and one for the spoilt images."""
-        foreseen = [] if spoilt is None else [self.model.foresee(spoilt)]
+    def forward(self, *parts: Tensor) -> list[EmbedderOutput]:
+        """An output for each part."""
         batch_norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         if len(parts) == 1 or any(module.training for module in batch_norms):
-            return [self.network(images) for images in parts] + foreseen
+            return [self.network(images) for images in parts]
         output = self.network(torch.cat(parts))
+        columns = (output.semantic, output.uncertainty, output.norm)
         sizes = [len(images) for images in parts]
-        columns = [[None] * len(parts) if column is None else column.split(sizes) for column in output]
-        return [EmbedderOutput(*part) for part in zip(*columns, strict=True)] + foreseen
+        return [EmbedderOutput(*part) for part in zip(*(column.split(sizes) for column in columns), strict=True)]
 
 
 def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
@@ -322,8 +307,7 @@ def wrap(model: IntrospectiveEmbedder, config: DmlConfig) -> nn.Module:
     network: nn.Module = Parts(compiled, model)
     if distributed.world_size() > 1:
         device = next(model.parameters()).device
-        # Running figures of batch norm are rank 0's in every step: they say what a spoilt image looks like to the
-        # uncertainty head, and a checkpoint has those of rank 0 alone.
+        # Running figures of batch norm are rank 0's in every step: a checkpoint has those of rank 0 alone.
         network = DistributedDataParallel(
             network,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -343,10 +327,9 @@ def train_epoch(
 
     def take_step(guard: FiniteGuard, images: Tensor, labels: Tensor, global_size: int) -> None:
         images = crop_and_flip(images, data, state.generator, global_size)
-        spoilt = spoil(images, labels, config, data.preprocessing, state)
         images = normalised(images, config, data.preprocessing)
         batch = mix(images, labels, config, state.generator, global_size)
-        step(state, guard, images, batch, spoilt, config, global_size)
+        step(state, guard, images, batch, config, global_size)
 
     return run_epoch(saver, loaders.train, total_steps, take_step)
 
@@ -356,7 +339,6 @@ def step(
     guard: FiniteGuard,
     images: Tensor,
     batch: MixedBatch,
-    spoilt: PerturbedBatch | None,
     config: DmlConfig,
     global_size: int,
 ) -> None:
@@ -371,11 +353,8 @@ def step(
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(device, config.precision):
-        outputs = state.network(
-            *([images, batch.images] if mixed else [images]), spoilt=None if spoilt is None else spoilt.images
-        )
-    parts = outputs[: 1 + mixed]
-    embeddings = [distributed.gather_batch(output.joint(), global_size) for output in parts]
+        outputs = state.network(*([images, batch.images] if mixed else [images]))
+    embeddings = [distributed.gather_batch(output.joint(), global_size) for output in outputs]
     labels, partners = (distributed.gather_batch(labels, global_size) for labels in (batch.labels_a, batch.labels_b))
     # Miners draw at random: the same on every rank, whatever else has been drawn.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -386,13 +365,7 @@ def step(
             own, others = loss_of(embeddings[1], labels), loss_of(embeddings[1], partners)
             figures |= {"loss of mixed images, own labels": own.detach(), "partners' labels": others.detach()}
             loss = loss + batch.lam * own + (1 - batch.lam) * others
-    total = loss
-    if config.uncertainty_loss != "none":
-        loss_of.note_centres(embeddings[0][:, : config.embedding_size], labels)
-        head_loss = uncertainty_loss(state.model, loss_of, outputs, batch, spoilt)
-        figures["loss of the uncertainty head"] = head_loss.detach()
-        total = loss + head_loss  # of the head alone, which has an optimizer of its own
-    state.scaler.scale(total).backward()
+    state.scaler.scale(loss).backward()
     distributed.average_gradients(loss_of.parameters())
     if config.clip_value:
         state.scaler.unscale_(state.optimizer)
@@ -403,41 +376,6 @@ def step(
     if loss_of.proxies is not None:
         figures["|proxies|"] = loss_of.proxies.detach().norm(dim=1).mean()
     guard.update(loss.detach(), figures)
-
-
-def uncertainty_loss(
-    model: nn.Module,
-    loss_of: MetricLoss,
-    outputs: Sequence[EmbedderOutput],
-    batch: MixedBatch,
-    spoilt: PerturbedBatch | None,
-) -> Tensor:
-    """What the uncertainty head is trained by: this rank's images, mixed ones, and those spoilt for it to be unsure of.
-
-    Args:
-        model: gives logits for the head's belief.
-        loss_of: gives those of the semantic embedding, whose cross-entropy is what is to be foreseen.
-        outputs: of the images, of the mixed ones if there are any, of the spoilt ones if there are any.
-        batch, spoilt: have their labels.
-    """
-    assert isinstance(model, IntrospectiveEmbedder)
-    one = torch.ones(len(batch.labels_a), device=batch.labels_a.device)
-    rows = [(batch.labels_a, batch.labels_a, one, one > 0)]
-    if batch.labels_b is not batch.labels_a:
-        rows.append((batch.labels_a, batch.labels_b, batch.lam.expand(len(one)), one < 0))
-    if spoilt is not None:
-        rows.append((spoilt.labels_a, spoilt.labels_b, spoilt.lam, spoilt.clean))
-    labels_a, labels_b, lam, answers = (torch.cat(column) for column in zip(*rows, strict=True))
-    foreseen, belief, semantic = (
-        torch.cat([getattr(output, name) for output in outputs]) for name in ("foreseen_loss", "belief", "semantic")
-    )
-    logits = loss_of.class_logits(semantic)
-    loss = foresight_loss(foreseen, model.belief_logits(belief), logits, labels_a, labels_b, lam, answers)
-    altered = outputs[-1].altered
-    assert altered is not None
-    if spoilt is None:
-        return loss + 0 * altered.sum()  # DDP forbids parameters that no loss reaches
-    return loss + alteration_loss(altered, spoilt.lam, spoilt.clean)
 
 
 def crop_and_flip(images: Tensor, data: RetrievalData, generator: torch.Generator, global_size: int) -> Tensor:
@@ -461,31 +399,6 @@ def normalised(images: Tensor, config: DmlConfig, preprocessing: Preprocessing) 
     """(b, 3, S, S) uint8 -> float32, in the memory layout of the network."""
     images = normalise(images, preprocessing.mean, preprocessing.std)
     return images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
-
-
-def spoil(
-    images: Tensor, labels: Tensor, config: DmlConfig, preprocessing: Preprocessing, state: TrainingState
-) -> PerturbedBatch | None:
-    """Some of this rank's images, spoilt so that the uncertainty head sees what the model is unsure of; normalised.
-
-    They are drawn by the step's number and the rank alone: the rest of the training is the same with and without them.
-
-    Args:
-        images: (b, 3, S, S) uint8, as they are trained on but for mixing.
-        labels: (b,) int64.
-    """
-    if config.uncertainty_loss == "none" or config.uncertainty_share == 0:
-        return None
-    assert config.uncertainty_shifts is not None
-    batch = spoilt_images(
-        images,
-        labels,
-        config.uncertainty_share,
-        config.uncertainty_shifts,
-        CLEAN_SHARE,  # the images themselves are among what the head learns from
-        step_generator(state.seed, state.step),
-    )
-    return batch._replace(images=normalised(batch.images, config, preprocessing))
 
 
 def mix(images: Tensor, labels: Tensor, config: DmlConfig, generator: torch.Generator, global_size: int) -> MixedBatch:

@@ -1,7 +1,6 @@
 """An embedding for retrieval with two heads, semantic and uncertainty.
 
-Letters in shapes: B images, C training classes, D semantic and E uncertainty dimensions, H backbone features, F numbers
-from several depths, K dimensions of the head's own embedding.
+Letters in shapes: B images, D semantic and E uncertainty dimensions, H backbone features.
 """
 
 from __future__ import annotations
@@ -13,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from idml.backbones import create_backbone, infer_map_dim
-from idml.depths import DepthReader
-from idml.distributed import moments_over_ranks
-from idml.foresight import SEARCH_EVIDENCE, SHARPNESS, ErrorCalibration, log_loss_evidence
-from idml.heads import ForesightHead, UncertaintyHead
-from idml.models import IsmVariant, UncertaintyLoss, check_choices, check_uncertainty_loss
-from idml.runtime import evaluation_mode
-
-BELIEF_DIM = 128
-"""K: length of the head's own embedding, by which it says whether two images show the same."""
+from idml.heads import UncertaintyHead
+from idml.introspection.introspection import Scores
+from idml.models import IsmVariant, check_choices
 
 
 class EmbedderOutput(NamedTuple):
@@ -31,19 +24,13 @@ class EmbedderOutput(NamedTuple):
         semantic: (B, D) of unit length (unless ``l2_norm`` is off): what is compared at test time.
         uncertainty: (B, E); all zero when ISM is off.
         norm: (B,) length of the semantic embedding before it was normalised.
-        foreseen_loss: (B,) nats; belief: (B, K) of unit length, the head's own embedding; error_probability: (B,) in
-            [0, 1], that the nearest neighbour is of another class, from the image alone; altered: (B,) log-odds that
-            the image is not as clean training images are. All None without loss prediction. Error_probability has no
-            gradient, the others have one to the head alone.
+        scores: what the introspection says of each image; None where there is none.
     """
 
     semantic: Tensor
     uncertainty: Tensor
     norm: Tensor
-    foreseen_loss: Tensor | None = None
-    belief: Tensor | None = None
-    error_probability: Tensor | None = None
-    altered: Tensor | None = None
+    scores: Scores | None = None
 
     def joint(self) -> Tensor:
         """(B, D + E): [semantic | uncertainty], as ``IntrospectiveDistance`` takes them."""
@@ -66,9 +53,6 @@ class IntrospectiveEmbedder(nn.Module):
         ism: ``"live"``: u is a linear map of the feature; ``"released"``: u is made unit length too, which in the
             authors' code leaves its head without any gradient from proxies; ``"off"``: no uncertainty head.
         l2_norm: semantic embeddings of unit length.
-        uncertainty_loss: ``"none"``, or for ``"live"`` ``"loss-prediction"``: the head foresees each image's loss from
-            several depths of the backbone, which it never changes; to be trained by ``idml.foresight`` too.
-        num_classes: C, of the training images; the directions of that many are learned, for the head's belief alone.
         feature_dim: H, needed only for a module from which it cannot be found out.
 
     Raises:
@@ -85,15 +69,10 @@ class IntrospectiveEmbedder(nn.Module):
         ism: IsmVariant = "live",
         *,
         l2_norm: bool = True,
-        uncertainty_loss: UncertaintyLoss = "none",
-        num_classes: int | None = None,
         feature_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_choices(("ism", ism, IsmVariant), ("pool", pool, Pool))
-        check_uncertainty_loss(uncertainty_loss, ism)
-        if uncertainty_loss != "none" and num_classes is None:
-            raise ValueError(f"uncertainty_loss {uncertainty_loss!r} needs num_classes, of the training images")
         uncertainty_dim = embedding_dim if uncertainty_dim is None else uncertainty_dim
         if embedding_dim < 1 or uncertainty_dim < 1:
             raise ValueError(
@@ -104,8 +83,7 @@ class IntrospectiveEmbedder(nn.Module):
         self.embedding_dim, self.uncertainty_dim = embedding_dim, uncertainty_dim
         self.pool, self.ism, self.l2_norm = pool, ism, l2_norm
         self.semantic_head = nn.Linear(self.feature_dim, embedding_dim)
-        self.depths = DepthReader(self.backbone, self.feature_dim)
-        self.uncertainty_head: nn.Linear | ForesightHead | None = None
+        self.uncertainty_head: nn.Linear | None = None
         if ism == "released":
             self.uncertainty_head = nn.Linear(self.feature_dim, uncertainty_dim)
         # The released code starts this head so, and leaves the other one to torch's default.
@@ -114,17 +92,7 @@ class IntrospectiveEmbedder(nn.Module):
         if ism == "live":
             # What is drawn here is drawn beside the rest: plain and live start from the same network and proxies.
             with torch.random.fork_rng(devices=[]):
-                self._make_live_head(uncertainty_dim, uncertainty_loss, num_classes)
-
-    def _make_live_head(self, uncertainty_dim: int, uncertainty_loss: UncertaintyLoss, num_classes: int | None) -> None:
-        if uncertainty_loss == "none":
-            self.uncertainty_head = UncertaintyHead(self.feature_dim, uncertainty_dim)
-            return
-        assert num_classes is not None
-        self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, BELIEF_DIM)
-        self.directions = nn.Parameter(torch.randn(num_classes, BELIEF_DIM))
-        self.calibration = ErrorCalibration(1)
-        self.search_calibration = ErrorCalibration(len(SEARCH_EVIDENCE))
+                self.uncertainty_head = UncertaintyHead(self.feature_dim, uncertainty_dim)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, H): the backbone's last map, pooled; float32.
@@ -132,19 +100,12 @@ class IntrospectiveEmbedder(nn.Module):
         Raises:
             ValueError: the backbone gives something of another shape.
         """
-        return self._features(images)[0]
-
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H) features, and the (B, F) vector from several depths that a ``ForesightHead`` looks at."""
-        if isinstance(self.uncertainty_head, ForesightHead):
-            final, maps = self.depths(self.backbone, images)
-        else:
-            final, maps = getattr(self.backbone, "forward_features", self.backbone)(images), []
+        final = getattr(self.backbone, "forward_features", self.backbone)(images)
         skip = int(getattr(self.backbone, "num_prefix_tokens", 0))
         features = pool_features(final, self.pool, self.feature_dim, skip=skip)
         if features.ndim != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(f"expected backbone features of {self.feature_dim} channels, got {tuple(features.shape)}")
-        return features.float(), self.depths.vector(maps, features)
+        return features.float()
 
     def forward(self, images: Tensor) -> EmbedderOutput:
         """Semantic and uncertainty embedding of a batch.
@@ -152,56 +113,17 @@ class IntrospectiveEmbedder(nn.Module):
         Args:
             images: (B, 3, S, S), in the floating dtype and range that the backbone expects.
         """
-        features, vector = self._features(images)
+        features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
-            output = self._heads(features, vector)
-        if self.training and isinstance(self.uncertainty_head, ForesightHead) and output.foreseen_loss is not None:
-            self.uncertainty_head.note_losses(moments_over_ranks(output.foreseen_loss[:, None])[0][0])
-        return output
-
-    def foresee(self, images: Tensor) -> EmbedderOutput:
-        """The same of images that the backbone does not learn from, seen as in evaluation; gradient to the head alone.
-
-        Args:
-            images: (B, 3, S, S), as for ``forward``.
-        """
-        with torch.no_grad(), evaluation_mode(self.backbone):
-            features, vector = self._features(images)
-        with torch.autocast(features.device.type, enabled=False):
-            output = self._heads(features, vector)
-        return output._replace(
-            semantic=output.semantic.detach(), uncertainty=output.uncertainty.detach(), norm=output.norm.detach()
-        )
-
-    def _heads(self, features: Tensor, vector: Tensor) -> EmbedderOutput:
-        """All embeddings from the features and what several depths show."""
-        semantic = self.semantic_head(features)
-        norm = semantic.norm(dim=1)
-        semantic = functional.normalize(semantic, dim=1) if self.l2_norm else semantic
-        head = self.uncertainty_head
-        if head is None:
-            return EmbedderOutput(semantic, features.new_zeros(features.shape[0], self.uncertainty_dim), norm)
-        if isinstance(head, ForesightHead):
-            if self.training:
-                head.note(vector)
-            foresight = head(vector)
-            foreseen = foresight.foreseen_loss
-            with torch.no_grad():
-                probability = self.calibration(log_loss_evidence(foreseen)[:, None])
-            # The head learns from what it foresees; the ISM takes its word, relative to what is usual: what is foreseen
-            # changes by an order of magnitude in training, and comparisons must not all be weakened by that.
-            usual = moments_over_ranks(foreseen[:, None])[0][0] if self.training else head.usual_loss
-            uncertainty = foresight.uncertainty.detach() * head.gain * usual.rsqrt()
-            belief = functional.normalize(foresight.belief, dim=1)
-            return EmbedderOutput(semantic, uncertainty, norm, foreseen, belief, probability, foresight.altered)
-        uncertainty = head(features)
-        if self.ism == "released" and self.l2_norm:
-            uncertainty = functional.normalize(uncertainty, dim=1)
-        return EmbedderOutput(semantic, uncertainty, norm)
-
-    def belief_logits(self, belief: Tensor) -> Tensor:
-        """(B, K) of unit length -> (B, C): how far the head takes each image for one of each training class."""
-        return SHARPNESS * belief @ functional.normalize(self.directions, dim=1).T
+            semantic = self.semantic_head(features)
+            norm = semantic.norm(dim=1)
+            semantic = functional.normalize(semantic, dim=1) if self.l2_norm else semantic
+            if self.uncertainty_head is None:
+                return EmbedderOutput(semantic, features.new_zeros(features.shape[0], self.uncertainty_dim), norm)
+            uncertainty = self.uncertainty_head(features)
+            if self.ism == "released" and self.l2_norm:
+                uncertainty = functional.normalize(uncertainty, dim=1)
+            return EmbedderOutput(semantic, uncertainty, norm)
 
 
 def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0) -> Tensor:

@@ -12,8 +12,7 @@ from augment import CutmixParams, MixupParams, apply_cutmix, apply_mixup, normal
 from idml.data.image_dataset import Preprocessing
 from idml.data.torch_loader import Loader
 from idml.distributed import all_reduce_sum, gather_interleaved
-from idml.foresight import ErrorCalibration
-from idml.heads import Foresight
+from idml.introspection.introspection import Scores
 from idml.metrics.classification import Predictions, concatenate, predictions_of
 from idml.models import ClassifierOutput, uncertainty_score
 from idml.runtime import autocast
@@ -67,21 +66,6 @@ def evaluate(
     return Evaluation(Predictions(*gather_interleaved(concatenate(batches))), active_units)
 
 
-def calibrate(model: nn.Module, held_out: Predictions) -> bool:
-    """Fit the model's probability of an error to images that it was not trained on; the same on every rank.
-
-    Args:
-        model: an introspective classifier with loss prediction.
-        held_out: its predictions for them.
-
-    Returns:
-        Whether there were both right and wrong answers to fit it to; a warning says where not.
-    """
-    calibration = model.calibration
-    assert isinstance(calibration, ErrorCalibration)
-    return calibration.fit(held_out.evidence, held_out.predicted != held_out.label)
-
-
 def average(first: ClassifierOutput, second: ClassifierOutput) -> ClassifierOutput:
     """Two outputs for the same images as one: probabilities averaged (as log-probabilities), embeddings averaged."""
 
@@ -91,17 +75,16 @@ def average(first: ClassifierOutput, second: ClassifierOutput) -> ClassifierOutp
     def mean(a: Any, b: Any) -> Any:
         return None if a is None or b is None else (a + b) / 2
 
-    foresight = None
-    if first.foresight is not None and second.foresight is not None:
-        foresight = Foresight(*map(mean, first.foresight, second.foresight))
+    scores = None
+    if first.scores is not None and second.scores is not None:
+        scores = Scores(*map(mean, first.scores, second.scores))
     return ClassifierOutput(
         log_mean(first.logits, second.logits),
         log_mean(first.introspective_logits, second.introspective_logits),
         mean(first.semantic, second.semantic),
         mean(first.uncertainty, second.uncertainty),
-        mean(first.evidence, second.evidence),
-        mean(first.error_probability, second.error_probability),
-        foresight,
+        mean(first.exponent, second.exponent),
+        scores,
     )
 
 

@@ -14,24 +14,17 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
-from torch.nn import functional
 
 from idml.distance import DistanceForm, IntrospectiveDistance
 from idml.embedder import IntrospectiveEmbedder
-from idml.heads import MEAN_EXPONENT, ForesightHead, UncertaintyHead
+from idml.heads import MEAN_EXPONENT, UncertaintyHead
 from idml.models import IsmVariant
 from idml.similarity import TEMPERATURE
 
 LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
 
-CLASS_SCALE = 32.0
-"""Scale of the cosines whose cross-entropy an uncertainty head foresees: that of Proxy_Anchor and Proxy_NCA."""
-
 TINY = 1e-30
 """Mean exponents below this count as it: u is then zero, or as good as zero, and stays so."""
-
-CENTRE_MOMENTUM = 0.1
-"""Share of the newest batch in a class's running centre."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,13 +151,7 @@ class MetricLoss(nn.Module):
         proxy_norm: norm that each proxy starts from. By default proxies start as those of pytorch-metric-learning's
             loss do, whatever ``ism`` is: normal, of variance 2 / C (Proxy_Anchor, as released) or of a norm of
             sqrt(D / 3) to sqrt(D) (Proxy_NCA).
-        track_centres: keep a running centre of each class, for ``class_logits`` of a loss without proxies.
-
-    Attributes:
-        centres: (C, D) float32 buffer, only where they are tracked; zero of a class not yet seen.
     """
-
-    centres: Tensor
 
     def __init__(
         self,
@@ -177,7 +164,6 @@ class MetricLoss(nn.Module):
         margin: float | None = None,
         scale: float | None = None,
         proxy_norm: float | None = None,
-        track_centres: bool = False,
     ) -> None:
         super().__init__()
         settings = LOSSES[name]
@@ -194,8 +180,6 @@ class MetricLoss(nn.Module):
         if self.proxies is not None and proxy_norm is not None:
             with torch.no_grad():
                 nn.init.normal_(self.proxies).mul_(proxy_norm / self.proxies.norm(dim=1, keepdim=True))
-        if track_centres and self.proxies is None:
-            self.register_buffer("centres", torch.zeros(num_classes, embedding_dim))
 
     @property
     def proxies(self) -> nn.Parameter | None:
@@ -218,31 +202,6 @@ class MetricLoss(nn.Module):
             return self.loss(embeddings, labels)
         mined = self.miner((semantic if self.mines_semantic else embeddings).detach(), labels)
         return self.loss(embeddings, labels, mined)
-
-    @torch.no_grad()
-    def note_centres(self, semantic: Tensor, labels: Tensor) -> None:
-        """Let the classes' running centres take in a batch (of all ranks); nothing where they are not tracked."""
-        centres = getattr(self, "centres", None)
-        if centres is None:
-            return
-        classes, position = labels.unique(return_inverse=True)
-        sums = semantic.new_zeros(len(classes), semantic.shape[1]).index_add_(0, position, semantic.detach())
-        means = functional.normalize(sums, dim=1)
-        known = centres[classes].any(1, keepdim=True)
-        centres[classes] = torch.where(known, centres[classes].lerp(means, CENTRE_MOMENTUM), means)
-
-    @torch.no_grad()
-    def class_logits(self, semantic: Tensor) -> Tensor:
-        """How near each image is to each training class: the loss that an uncertainty head foresees is from these.
-
-        Args:
-            semantic: (B, D).
-
-        Returns:
-            (B, C) float32, ``CLASS_SCALE`` times the cosine to the class's proxy, or to its centre.
-        """
-        directions = self.centres if self.proxies is None else self.proxies
-        return CLASS_SCALE * functional.normalize(semantic.float(), dim=1) @ functional.normalize(directions, dim=1).T
 
     def _relative(self, embeddings: Tensor) -> Tensor:
         """(B, D + E) with u scaled to ``MEAN_EXPONENT``, with gradient through the mean; unless live, as they are."""
@@ -284,7 +243,7 @@ def scale_uncertainty_head(model: IntrospectiveEmbedder, loss: MetricLoss, image
     was_training = model.training
     embeddings = model.eval()(images).joint()
     if model.ism == "live":
-        assert isinstance(model.uncertainty_head, (UncertaintyHead, ForesightHead))
+        assert isinstance(model.uncertainty_head, UncertaintyHead)
         exponent = loss._comparisons("exponents", embeddings.double()).mean().item()
         if exponent > 0:  # else there is nothing to compare, or nothing in the features
             model.uncertainty_head.gain.mul_(math.sqrt(MEAN_EXPONENT / exponent))

@@ -1,12 +1,10 @@
 """A classifier with two heads, semantic and uncertainty, joined by the ISM. For retrieval see ``idml.embedder``.
 
-Letters in shapes: B images, C classes, D backbone features, E uncertainty dimensions (see ``idml.similarity``), F
-numbers from several depths.
+Letters in shapes: B images, C classes, D backbone features, E uncertainty dimensions (see ``idml.similarity``).
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -14,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from idml.backbones import create_backbone, infer_feature_dim
-from idml.depths import DepthReader
-from idml.distributed import moments_over_ranks
-from idml.foresight import EVIDENCE, ErrorCalibration, classifier_evidence
-from idml.heads import MEAN_EXPONENT, Foresight, ForesightHead, RectifiedHead
-from idml.runtime import evaluation_mode
+from idml.heads import RectifiedHead
+from idml.introspection.introspection import Scores
 from idml.similarity import (
     TEMPERATURE,
     class_sq_distances,
@@ -31,22 +26,12 @@ if TYPE_CHECKING:
 
 IsmVariant = Literal["live", "released", "off"]
 
-UncertaintyLoss = Literal["none", "loss-prediction"]
-"""What trains the uncertainty head of ``live``: the ISM alone, or the losses that it is to foresee."""
-
 
 def check_choices(*choices: tuple[str, Any, Any]) -> None:
     """ValueError for the first (name, value, Literal type) whose value is none of those allowed."""
     for name, value, allowed in choices:
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
-
-
-def check_uncertainty_loss(uncertainty_loss: UncertaintyLoss, ism: IsmVariant) -> None:
-    """ValueError for one that there is not, or that the ISM variant has no head for."""
-    check_choices(("uncertainty_loss", uncertainty_loss, UncertaintyLoss))
-    if uncertainty_loss != "none" and ism != "live":
-        raise ValueError(f"uncertainty_loss {uncertainty_loss!r} needs ism 'live', got {ism!r}")
 
 
 class ClassifierOutput(NamedTuple):
@@ -58,28 +43,23 @@ class ClassifierOutput(NamedTuple):
             is off.
         semantic: (B, D) backbone feature.
         uncertainty: (B, E) >= 0; all zero when ISM is off.
-        evidence: (B, 3) what speaks for the top answer being wrong (``idml.foresight.EVIDENCE``), and
-        error_probability: (B,) in [0, 1], what follows from it; None without loss prediction.
-        foresight: of the head, with gradient to the head alone; None without loss prediction.
         exponent: (B,) ISM exponent of each image, its mean over the classes, without gradient; None when ISM is off.
+        scores: what the introspection says of each image; None where there is none.
     """
 
     logits: Tensor
     introspective_logits: Tensor
     semantic: Tensor
     uncertainty: Tensor
-    evidence: Tensor | None = None
-    error_probability: Tensor | None = None
-    foresight: Foresight | None = None
     exponent: Tensor | None = None
+    scores: Scores | None = None
 
 
 def uncertainty_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
-    """One number per image, higher for a more ambiguous image.
+    """Length of the uncertainty embedding of the ISM, which has no unit; all zero when ISM is off.
 
-    With loss prediction it is the probability that the top answer is wrong (in retrieval: that the nearest neighbour is
-    of another class), in [0, 1]; calibrated where images were held out for that (``--val-fraction``). Without, it is
-    the Euclidean norm of the uncertainty embedding, which has no unit and is all zero when ISM is off.
+    It says how far the ISM weakens the comparisons of an image. For a probability that the answer is wrong, a novelty
+    score and a threshold see ``idml.introspect``.
 
     Args:
         output: what the model returned for B images.
@@ -87,32 +67,7 @@ def uncertainty_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
     Returns:
         (B,) float32, >= 0.
     """
-    if output.error_probability is not None:
-        return output.error_probability
     return output.uncertainty.float().norm(dim=1)
-
-
-def alteration_score(output: ClassifierOutput | EmbedderOutput) -> Tensor:
-    """How likely an image is not as clean training images are: mixed, cut, blurred, noisy, cropped.
-
-    Learned from images that were altered in training (``--uncertainty-shifts``); not calibrated.
-
-    Args:
-        output: of a model with loss prediction, for B images.
-
-    Returns:
-        (B,) float32 in [0, 1].
-
-    Raises:
-        ValueError: the model was made without loss prediction.
-    """
-    if isinstance(output, ClassifierOutput):
-        altered = None if output.foresight is None else output.foresight.altered
-    else:
-        altered = output.altered
-    if altered is None:
-        raise ValueError("only a model with uncertainty_loss 'loss-prediction' notices altered images")
-    return altered.detach().sigmoid()
 
 
 class IntrospectiveClassifier(nn.Module):
@@ -126,9 +81,6 @@ class IntrospectiveClassifier(nn.Module):
             authors' code, where the bias is added to every coordinate of the class vector; ``"off"`` is the plain
             classifier, with no uncertainty head at all.
         temperature: tau of the ISM (released code: 5).
-        uncertainty_loss: ``"none"`` trains the head by the ISM alone; ``"loss-prediction"``, for ``"live"`` only, makes
-            it foresee each image's loss from several depths of the backbone, which it never changes: to be trained by
-            ``foresee`` and ``idml.foresight.foresight_loss`` too.
         feature_dim: D, needed only for a module from which it cannot be found out.
 
     Raises:
@@ -144,12 +96,10 @@ class IntrospectiveClassifier(nn.Module):
         uncertainty_dim: int = 512,
         ism: IsmVariant = "live",
         temperature: float = TEMPERATURE,
-        uncertainty_loss: UncertaintyLoss = "none",
         feature_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_choices(("ism", ism, IsmVariant))
-        check_uncertainty_loss(uncertainty_loss, ism)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if uncertainty_dim < 1:
@@ -163,14 +113,8 @@ class IntrospectiveClassifier(nn.Module):
         self.ism = ism
         self.temperature = temperature
         self.classifier = nn.Linear(self.feature_dim, num_classes)
-        self.uncertainty_head: nn.Linear | ForesightHead | None = None
-        self.depths = DepthReader(self.backbone, self.feature_dim)
-        if uncertainty_loss == "loss-prediction":
-            self.uncertainty_head = ForesightHead(self.depths.length, uncertainty_dim, num_classes)
-            # The usual exponent, for an image as hard as most where alpha is the feature's squared length.
-            self.uncertainty_head.gain.fill_(math.sqrt(MEAN_EXPONENT * temperature))
-            self.calibration = ErrorCalibration(len(EVIDENCE))
-        elif ism == "live":
+        self.uncertainty_head: nn.Linear | None = None
+        if ism == "live":
             self.uncertainty_head = RectifiedHead(self.feature_dim, uncertainty_dim, temperature)
         elif ism == "released":
             self.uncertainty_head = nn.Linear(self.feature_dim, uncertainty_dim)
@@ -200,7 +144,7 @@ class IntrospectiveClassifier(nn.Module):
         Raises:
             ValueError: the backbone's features are not (B, D).
         """
-        features, vector = self._features(images)
+        features = self._features(images)
         # The heads run in float32: alpha is a difference of squares, and their cost is nothing beside the backbone's.
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -210,21 +154,7 @@ class IntrospectiveClassifier(nn.Module):
             if head is None:
                 uncertainty = features.new_zeros(features.shape[0], self.uncertainty_dim)
                 return ClassifierOutput(logits, logits, features, uncertainty)
-            foresight = None
-            if isinstance(head, ForesightHead):
-                if self.training:
-                    head.note(vector)
-                foresight = head(vector)
-                # In units of the feature's length, as alpha is: tau then means the same for every backbone. Relative to
-                # what is usual: foreseen losses change by an order of magnitude in training, and are large where it
-                # mixes; comparisons must not all be weakened by that. The head learns from what it foresees, not here.
-                length = features.detach().norm(dim=1, keepdim=True)
-                foreseen = foresight.foreseen_loss.detach()
-                usual = moments_over_ranks(foreseen[:, None])[0][0] if self.training else head.usual_loss
-                if self.training:
-                    head.note_losses(usual)
-                uncertainty = foresight.uncertainty.detach() * length * head.gain * usual.rsqrt()
-            elif isinstance(head, RectifiedHead):
+            if isinstance(head, RectifiedHead):
                 uncertainty = head(features)
             else:
                 uncertainty = functional.relu(functional.linear(features, head.weight.float(), head.bias.float()))
@@ -235,43 +165,14 @@ class IntrospectiveClassifier(nn.Module):
             introspective_logits = introspective_similarity(logits, sq_distances, beta, temperature=self.temperature)
             with torch.no_grad():
                 exponent = introspective_exponent(sq_distances, beta, temperature=self.temperature).mean(1)
-            output = ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent=exponent)
-            if foresight is None:
-                return output
-            with torch.no_grad():
-                evidence = classifier_evidence(logits, foresight)
-                probability = self.calibration(evidence)
-        return output._replace(evidence=evidence, error_probability=probability, foresight=foresight)
+            return ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent)
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) features, and the (B, F) vector from several depths that a ``ForesightHead`` looks at."""
-        if not isinstance(self.uncertainty_head, ForesightHead) or not self.depths.indices:
-            features = self.backbone(images)
-            maps: list[Tensor] = []
-        else:
-            final, maps = self.depths(self.backbone, images)
-            pool: Any = self.backbone.forward_head
-            features = pool(final)
+    def _features(self, images: Tensor) -> Tensor:
+        """(B, D) features."""
+        features = self.backbone(images)
         if features.ndim != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(
                 f"expected backbone features of shape (B, {self.feature_dim}), got {tuple(features.shape)}; "
                 "a timm backbone must be created with num_classes=0"
             )
-        return features, self.depths.vector(maps, features)
-
-    def foresee(self, images: Tensor) -> tuple[Foresight, Tensor]:
-        """What the head says of images that the backbone does not learn from, seen as in evaluation; to train it by.
-
-        Args:
-            images: (B, 3, H, W), as for ``forward``.
-
-        Returns:
-            (Foresight with gradient to the head alone, (B, C) plain logits without gradient).
-        """
-        assert isinstance(self.uncertainty_head, ForesightHead)
-        with torch.no_grad(), evaluation_mode(self.backbone):
-            features, vector = self._features(images)
-        with torch.autocast(features.device.type, enabled=False):
-            if self.training:
-                self.uncertainty_head.note(vector)
-            return self.uncertainty_head(vector), self.classifier(features.float()).detach()
+        return features

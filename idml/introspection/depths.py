@@ -42,7 +42,7 @@ def depth_vector(layers: Layers, maps: Mapping[str, Tensor], features: Tensor | 
 
 
 def channels_first(values: Tensor, kind: Kind) -> Tensor:
-    """A (B, c, h, w) map of an output of any kind; tokens that fill no square, but for a few in front, are one column."""
+    """A (B, c, h, w) map of any output; tokens that fill no square, but for a few in front, are one column."""
     if kind == "channels first":
         return values
     if kind == "channels last":

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from idml.introspection.calibration import LEAST_HELD_OUT, classifier_evidence
+from idml.introspection.calibration import (
+    LEAST_HELD_OUT,
+    classifier_evidence,
+    log_loss_evidence,
+    search_evidence,
+)
 from idml.introspection.features import Features
 from idml.introspection.heads import Heads
-from idml.introspection.introspection import Introspection, IntrospectionSpec
+from idml.introspection.introspection import BELIEF_DIM, Introspection, IntrospectionSpec
 from idml.introspection.layers import Layers
 from idml.introspection.refusal import as_arrays
+from idml.metrics import nearest_neighbours
 
 FOLDS = 5
 """Parts of the held-out images; each head is fitted without one of them, which it is calibrated on."""
@@ -27,6 +33,13 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY = 256, 2e-3, 1e-2
 
 PASSES, LEAST_STEPS, MOST_STEPS = 8, 300, 3_000
 """Passes over the images, within these bounds of steps."""
+
+CLASS_SCALE = 32.0
+"""Scale of the cosines to class centres whose cross-entropy is foreseen: that of Proxy_Anchor and Proxy_NCA."""
+
+SHARPNESS = 16.0
+"""Scale of the cosines between a retrieval head's belief and its class directions; of the order of the 16 to 32 that
+losses by normalised softmax take."""
 
 MEMORISED = 0.5
 """Where the network errs on its training images less than this share of how often it errs on held-out ones, it has
@@ -72,20 +85,16 @@ def fit_classifier(
     """
     if train is None and held_out is None:
         raise ValueError("expected features of training images or of held-out ones, got neither")
-    errs = {
-        name: None if part is None else wrong_answers(part).double().mean().item()
-        for name, part in (("train", train), ("held_out", held_out))
-    }
+    given = {"train": train, "held_out": held_out}
+    errs = {name: None if part is None else wrong_answers(part).double().mean().item() for name, part in given.items()}
     enough = held_out is not None and len(held_out) >= LEAST_HELD_OUT
-    learn_train = train is not None and (not enough or (errs["train"] or 0.0) >= MEMORISED * (errs["held_out"] or 0.0))
-    generator = torch.Generator().manual_seed(seed)
-    folds = FOLDS if enough else 1
-    parts = [
-        part for part, taken in ((train, learn_train), (held_out, held_out is not None)) if taken and part is not None
-    ]
+    memorised = enough and (errs["train"] or 0.0) < MEMORISED * (errs["held_out"] or 0.0)
+    parts = [part for part in (None if memorised else train, held_out) if part is not None]
     vectors, labels, logits = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("vectors", "labels", "logits")
     )
+    generator = torch.Generator().manual_seed(seed)
+    folds = FOLDS if enough else 1
     fold = torch.full((len(labels),), -1)
     if held_out is not None and folds > 1:
         fold[len(labels) - len(held_out) :] = torch.randperm(len(held_out), generator=generator) % folds
@@ -111,8 +120,70 @@ def fit_classifier(
         note = _calibrate(introspection, held_out, fold[len(labels) - len(held_out) :], cross=train is None, seed=seed)
     introspection.spec = dataclasses.replace(spec, calibrated=not note, note=note)
     about = {f"error_{name}": value for name, value in errs.items()}
-    about |= {"training_images_learned_from": learn_train, "steps": steps, "images": len(labels)}
+    about |= {
+        "training_images_learned_from": train is not None and not memorised,
+        "steps": steps,
+        "images": len(labels),
+    }
     return Fitted(introspection.eval(), about)
+
+
+def fit_retrieval(layers: Layers, train: Features, held_out: Features | None, *, seed: int = 0) -> Fitted:
+    """Fit to a retrieval model's features.
+
+    The head learns an embedding of its own, by directions of the training classes, and to foresee how badly an image is
+    told from other classes by its distance to their centres. What it says is calibrated on held-out classes, whose
+    images search one another: on how often a nearest neighbour is wrong in a gallery like this one.
+
+    Args:
+        layers: what was looked at.
+        train: images of training classes; labels from 0.
+        held_out: images of classes that the network was not trained on, or None.
+        seed: of weights and batches.
+    """
+    classes = int(train.labels.max()) + 1
+    generator = torch.Generator().manual_seed(seed)
+    held = 0 if held_out is None else len(held_out)
+    spec = IntrospectionSpec(task="retrieval", layers=layers, classes=1, folds=1, fitted_on=len(train), held_out=held)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        introspection = Introspection(spec)
+        directions = torch.nn.Parameter(torch.randn(classes, BELIEF_DIM))
+    _standardise(introspection.heads, train.vectors)
+    semantic = functional.normalize(train.semantic.float(), dim=1)
+    centres = functional.normalize(torch.zeros(classes, semantic.shape[1]).index_add_(0, train.labels, semantic), dim=1)
+    losses = functional.cross_entropy(CLASS_SCALE * semantic @ centres.T, train.labels, reduction="none")
+    fold = torch.full((len(train),), -1)
+    steps = _learn(introspection.heads, train.vectors, train.labels, losses, fold, generator, directions)
+    known = _standardised(introspection.heads, train.vectors)
+    introspection.novelty.fit(known, torch.zeros_like(train.labels), generator)
+    note = "no classes were held out"
+    if held_out is not None:
+        note = _calibrate_search(introspection, held_out)
+    introspection.spec = dataclasses.replace(spec, calibrated=not note, note=note)
+    return Fitted(introspection.eval(), {"steps": steps, "images": len(train)})
+
+
+@torch.no_grad()
+def _calibrate_search(introspection: Introspection, held_out: Features) -> str:
+    """Calibrate on images of held-out classes that search one another; why not, in words, or an empty text."""
+    parts = [introspection(part.float(), None) for part in held_out.vectors.split(4096)]
+    belief, foreseen, strange = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("belief", "foreseen_loss", "strangeness")
+    )
+    introspection.novelty.rank(strange)
+    neighbours, similarities = nearest_neighbours(held_out.semantic.float(), min(2, len(held_out) - 1))
+    nearest = neighbours[:, 0]
+    wrong = held_out.labels[nearest] != held_out.labels
+    note = introspection.calibration.fit(log_loss_evidence(foreseen)[:, None], wrong)
+    if not note:
+        evidence = search_evidence(belief, foreseen, belief[nearest], foreseen[nearest], similarities)
+        assert introspection.search_calibration is not None
+        introspection.search_calibration.fit(evidence, wrong)
+        stored = as_arrays(introspection.search_calibration(evidence), wrong, torch.zeros(len(wrong)))
+        introspection.held_p_wrong.copy_(stored["p_wrong"])
+        introspection.held_wrong.copy_(stored["wrong"])
+    return note
 
 
 def _standardise(heads: Heads, vectors: Tensor) -> None:
@@ -129,11 +200,22 @@ def _standardised(heads: Heads, vectors: Tensor) -> Tensor:
 
 
 def _learn(
-    heads: Heads, vectors: Tensor, labels: Tensor, losses: Tensor, fold: Tensor, generator: torch.Generator
+    heads: Heads,
+    vectors: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    fold: Tensor,
+    generator: torch.Generator,
+    directions: torch.nn.Parameter | None = None,
 ) -> int:
-    """Train all heads at once, each on the images that are not of its fold; returns the steps."""
+    """Train all heads at once, each on the images that are not of its fold; returns the steps.
+
+    Args:
+        directions: (C, K) of the classes, where a belief is an embedding; learned too.
+    """
     heads.requires_grad_(True)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    learned = [*heads.parameters(), *([] if directions is None else [directions])]
+    optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     batch = min(BATCH, len(labels))
     per_pass = max(len(labels) // batch, 1)
     steps = min(max(PASSES * per_pass, LEAST_STEPS), MOST_STEPS)
@@ -146,9 +228,10 @@ def _learn(
             chosen, order = order[:batch], order[batch:]
             look = heads(vectors[chosen].float())
             taken = (fold[chosen] != torch.arange(heads.folds)[:, None]).float()  # (P, B)
-            own = functional.cross_entropy(
-                look.belief.flatten(0, 1), labels[chosen].repeat(heads.folds), reduction="none"
-            ).view_as(taken)
+            belief = look.belief.flatten(0, 1)
+            if directions is not None:
+                belief = SHARPNESS * functional.normalize(belief, dim=1) @ functional.normalize(directions, dim=1).T
+            own = functional.cross_entropy(belief, labels[chosen].repeat(heads.folds), reduction="none").view_as(taken)
             foreseen = functional.poisson_nll_loss(
                 look.foreseen_loss, losses[chosen].expand_as(taken), log_input=False, eps=1e-6, reduction="none"
             )

@@ -1,6 +1,7 @@
 """All that a network can say of itself, as one module that is stored with it.
 
-Letters in shapes: B images, C classes, F numbers of the depth vector, K numbers of a belief, P folds, N held-out images.
+Letters in shapes: B images, C classes, F numbers of the depth vector, K numbers of a belief, P folds, N images that were
+held out.
 """
 
 from __future__ import annotations

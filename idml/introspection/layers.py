@@ -85,10 +85,10 @@ def logits_of(output: Any) -> Tensor:
 def find_layers(network: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Layers:
     """Look for the layers of a network.
 
-    Looked at are the modules that follow one another on the main path: stages or blocks. Of each size of map (h x w) the
-    last output is taken, of the four smallest sizes. A network with fewer than three sizes, a vision transformer, say,
-    is looked at in four places spread over its blocks. The features are what goes into the linear layer that gives the
-    logits.
+    Looked at are the modules that follow one another on the main path: stages or blocks. Of each size of map (h x w)
+    the last output is taken, of the four smallest sizes. A network with fewer than three sizes, a vision transformer,
+    say, is looked at in four places spread over its blocks. The features are what goes into the linear layer that gives
+    the logits.
 
     Args:
         network: gives logits (see ``logits_of``), or, of this project, a named output. Left in the mode it was in.
@@ -202,7 +202,7 @@ def _without_containers(name: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _classifier(output: Any, seen: list[tuple[str, Tensor, Tensor]], modules: dict[str, nn.Module]) -> tuple[str, int]:
-    """(name of the module whose input is the feature vector, D); ("", D) where the network gives its features itself."""
+    """(module whose input is the feature vector, D); ("", D) where the network gives its features itself."""
     own = getattr(output, "semantic", None)
     if isinstance(own, Tensor):
         return "", own.shape[1]

@@ -13,7 +13,7 @@ from idml.models import ClassifierOutput, uncertainty_score
 
 
 class Predictions(NamedTuple):
-    """What is kept of each of N images; every field is (N,) but for ``evidence``.
+    """What is kept of each of N images; every field is (N,).
 
     Attributes:
         label: int64, the true class.
@@ -23,8 +23,7 @@ class Predictions(NamedTuple):
         nll: float32, negative log-likelihood (nats) of the true class under the plain logits.
         loss: float32, cross-entropy (nats) of the introspective logits, the training criterion.
         uncertainty: float32, ``uncertainty_score``.
-        foreseen_loss: float32, nats, what the uncertainty head expects; NaN without loss prediction.
-        evidence: (N, k) float32, see ``idml.foresight.EVIDENCE``; k = 0 without loss prediction.
+        p_wrong, novelty: float32 in [0, 1], of the introspection; NaN where there is none.
     """
 
     label: Tensor
@@ -34,8 +33,8 @@ class Predictions(NamedTuple):
     nll: Tensor
     loss: Tensor
     uncertainty: Tensor
-    foreseen_loss: Tensor
-    evidence: Tensor
+    p_wrong: Tensor
+    novelty: Tensor
 
 
 def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
@@ -44,7 +43,7 @@ def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
     confidence, predicted = log_probabilities.max(dim=1)
     true = log_probabilities.gather(1, labels[:, None])
     score = uncertainty_score(output)
-    foreseen = None if output.foresight is None else output.foresight.foreseen_loss.detach()
+    nothing = torch.full_like(score, torch.nan)
     return Predictions(
         label=labels,
         predicted=predicted,
@@ -53,8 +52,8 @@ def predictions_of(output: ClassifierOutput, labels: Tensor) -> Predictions:
         nll=-true[:, 0],
         loss=functional.cross_entropy(output.introspective_logits.float(), labels, reduction="none"),
         uncertainty=score,
-        foreseen_loss=torch.full_like(score, torch.nan) if foreseen is None else foreseen,
-        evidence=score.new_zeros(len(score), 0) if output.evidence is None else output.evidence,
+        p_wrong=nothing if output.scores is None else output.scores.p_wrong,
+        novelty=nothing if output.scores is None else output.scores.novelty,
     )
 
 
@@ -85,22 +84,25 @@ def classification_metrics(predictions: Predictions, num_classes: int) -> dict[s
 
 
 def uncertainty_metrics(predictions: Predictions) -> dict[str, float]:
-    """What the uncertainty score is worth on N images, beside the score that every classifier gives for nothing.
+    """What the scores are worth on N images, next to the score that every classifier gives for nothing.
 
     Returns:
-        ``uncertainty_test``: the mean score. ``error_auroc``, ``e_aurc``: of the score; ``error_auroc_max_softmax``,
-        ``e_aurc_max_softmax``: of 1 - max softmax; see ``selective_metrics``. NaN where all answers are right, or all
-        wrong. ``error_ece``: with loss prediction, the calibration error of the score as a probability of an error.
+        ``uncertainty_test``: mean of |u|. ``error_auroc_max_softmax``, ``e_aurc_max_softmax``: of 1 - max softmax. With
+        an introspection ``error_auroc``, ``e_aurc``, of ``p_wrong``; ``error_ece``, its calibration error as a
+        probability; ``coverage_at_5_risk``, the share of images that could be answered with 5 % errors. See
+        ``selective_metrics``. NaN where all answers are right, or all wrong.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # slow to import: only where used
 
     right = predictions.predicted == predictions.label
     metrics = {"uncertainty_test": predictions.uncertainty.mean().item()}
-    for name, score in (("", predictions.uncertainty), ("_max_softmax", 1 - predictions.confidence)):
-        figures = selective_metrics(score, right)
-        metrics |= {f"error_auroc{name}": figures["error_auroc"], f"e_aurc{name}": figures["e_aurc"]}
-    if predictions.evidence.shape[1]:
-        score = predictions.uncertainty.clamp(0, 1)
+    free = selective_metrics(1 - predictions.confidence, right)
+    metrics |= {"error_auroc_max_softmax": free["error_auroc"], "e_aurc_max_softmax": free["e_aurc"]}
+    if not predictions.p_wrong.isnan().any():
+        figures = selective_metrics(predictions.p_wrong, right)
+        metrics |= {"error_auroc": figures["error_auroc"], "e_aurc": figures["e_aurc"]}
+        metrics["coverage_at_5_risk"] = figures["coverage_at_risk"]
+        score = predictions.p_wrong.clamp(0, 1)
         metrics["error_ece"] = binary_calibration_error(score, (~right).long(), n_bins=ECE_BINS).item()
     return metrics
 
