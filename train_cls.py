@@ -59,11 +59,20 @@ from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
 from idml.evaluation import Evaluation, evaluate, probe_uncertainty
+from idml.introspecting import introspect_network, with_stored_introspection
+from idml.introspection.introspected import Introspected
 from idml.metrics.classification import classification_metrics, uncertainty_metrics
 from idml.models import IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
-from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
+from idml.report_cls import (
+    draw_extremes,
+    draw_mixed,
+    epoch_line,
+    introspection_line,
+    log_uncertainty,
+    write_confusion,
+)
 from idml.resume import check_same_run, planned_steps
 from idml.run import Run
 from idml.run_directory import run_directory, stored_if_possible
@@ -193,7 +202,7 @@ def train(
         metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": state.learning_rate}
         metrics |= {"train_loss": state.mean_epoch_loss(), **speed}
         if evaluated := state.step >= total_steps or (state.epoch + 1) % config.eval_every == 0:
-            figures, test = evaluate_epoch(config, data, loaders, state)
+            figures, test = evaluate_model(config, data, loaders, state.evaluated_model)
             run.check_finite("test loss", figures["loss"] + figures["nll"], state.step)
             metrics |= figures
         with signals.deferred():
@@ -203,9 +212,15 @@ def train(
         say(epoch_line(metrics))
         saver.stop_if_asked()
 
-    if test is None:  # the run had been stopped between its last epoch and its end
-        _, test = evaluate_epoch(config, data, loaders, state)
-    draw_extremes(run, test.predictions, loaders.test, data.train.classes, state.epoch, ism_on=config.ism != "off")
+    if config.introspect:
+        model = introspect(config, data, state, saver)
+        metrics, test = evaluate_model(config, data, loaders, model)
+        saver.end_introspection(metrics, model.introspection)
+        say(introspection_line(metrics, model.introspection.spec))
+        log_uncertainty(run, test, config.ism, state.epoch)
+    elif test is None:  # the run had been stopped between its last epoch and its end
+        _, test = evaluate_model(config, data, loaders, state.evaluated_model)
+    draw_extremes(run, test.predictions, loaders.test, data.train.classes, state.epoch)
     results = run.finish(pick_by=pick_by, picked_on="validation split" if loaders.val else "test set")
     if config.expname is not None:  # the closing lines of the CutMix authors' script, which programs read
         for word, figures in (("Best", results["best"]), ("Last", results["final"])):
@@ -214,20 +229,38 @@ def train(
     return results
 
 
-def evaluate_epoch(
-    config: ClsConfig, data: DataSplits, loaders: ClsLoaders, state: TrainingState
+def introspect(config: ClsConfig, data: DataSplits, state: TrainingState, saver: Saver) -> Introspected:
+    """The trained network with what it can say of itself, fitted to features of training and held-out images."""
+    if data.val is None:
+        say("warning: no images were held out (--val-fraction), so P(wrong) will not be calibrated")
+    fitted = introspect_network(
+        state.evaluated_model,
+        "classification",
+        len(data.train.classes),
+        data.preprocessing,
+        train=data.train,
+        held_out=data.val,
+        cache_bytes=config.cache_bytes,
+        precision=config.precision,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    return Introspected(state.evaluated_model, fitted.introspection)
+
+
+def evaluate_model(
+    config: ClsConfig, data: DataSplits, loaders: ClsLoaders, model: nn.Module
 ) -> tuple[dict[str, Any], Evaluation]:
     """The figures of the model as it is now, and those of every test image."""
     classes, flip = data.train.classes, config.tta == "flip"
     measured = (data.preprocessing, config.precision)
-    model, metrics = state.evaluated_model, {}
+    metrics: dict[str, Any] = {}
     if loaders.val:
         val = evaluate(model, loaders.val, *measured, flip=flip)
         metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
     test = evaluate(model, loaders.test, *measured, flip=flip)
-    metrics |= classification_metrics(test.predictions, len(classes))
+    metrics |= classification_metrics(test.predictions, len(classes)) | uncertainty_metrics(test.predictions)
     if config.ism != "off":
-        metrics |= uncertainty_metrics(test.predictions)
         clean, mixed = probe_uncertainty(model, loaders.probe, *measured, mix=config.mix)
         test = test._replace(mixed_scores=mixed)
         metrics["uncertainty_train_clean"] = clean.mean().item()
@@ -294,10 +327,11 @@ def step(
             state.scaler.scale(loss * share * distributed.world_size()).backward()
     columns = {name: value for name, value in output._asdict().items() if isinstance(value, Tensor) and value.ndim == 2}
     figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
-    if config.ism == "live":
-        state.model.follow(distributed.all_reduce_sum(exponent))
-    if guard.update(total, figures) and state.ema is not None:
-        state.ema.update(state.model, step=state.step)
+    if guard.update(total, figures):
+        if config.ism == "live":
+            state.model.follow(distributed.all_reduce_sum(exponent))
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.step)
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
@@ -367,10 +401,9 @@ def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, l
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
+    model = with_stored_introspection(model, checkpoint)
     test = evaluate(model, loaders.test, data.preprocessing, config.precision, flip=config.tta == "flip")
-    metrics = classification_metrics(test.predictions, len(data.train.classes))
-    if config.ism != "off":
-        metrics |= uncertainty_metrics(test.predictions)
+    metrics = classification_metrics(test.predictions, len(data.train.classes)) | uncertainty_metrics(test.predictions)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -53,10 +53,19 @@ from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
+from idml.introspecting import introspect_network, with_stored_introspection
+from idml.introspection.introspected import Introspected
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
-from idml.report_dml import draw_neighbours, draw_projection, epoch_line, log_projector, write_retrieval
+from idml.report_dml import (
+    draw_neighbours,
+    draw_projection,
+    epoch_line,
+    introspection_line,
+    log_projector,
+    write_retrieval,
+)
 from idml.resume import check_same_run, planned_steps
 from idml.retrieval_evaluation import Embedded, Found, embed, held_out_metrics, search
 from idml.run import Run
@@ -252,7 +261,12 @@ def train(
         say(epoch_line(metrics))
         saver.stop_if_asked()
 
-    if found is None:  # the run had been stopped between its last epoch and its end
+    if config.introspect:
+        introspected = introspect(config, data, model)
+        tested, found = evaluate_model(config, data, introspected, loaders, last=True)
+        saver.end_introspection(found.metrics, introspected.introspection)
+        say(introspection_line(found.metrics, introspected.introspection.spec))
+    elif found is None:  # the run had been stopped between its last epoch and its end
         tested, found = evaluate_model(config, data, model, loaders, last=True)
     draw_neighbours(run, found, tested, loaders, data, state.epoch, ism_on=config.ism != "off")
     draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
@@ -271,13 +285,32 @@ def evaluate_held_out(
     return held_out_metrics(held_out, config, next(model.parameters()).device)
 
 
+def introspect(config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder) -> Introspected:
+    """The trained network with what it can say of itself, fitted to features of training and held-out classes."""
+    if data.val is None:
+        say("warning: no classes were held out (--val-fraction), so P(wrong) will not be calibrated")
+    fitted = introspect_network(
+        model,
+        "retrieval",
+        len(data.train.classes),
+        data.preprocessing,
+        train=data.train,
+        held_out=data.val,
+        cache_bytes=config.cache_bytes,
+        precision=config.precision,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    return Introspected(model, fitted.introspection)
+
+
 def evaluate_model(
-    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder, loaders: DmlLoaders, *, last: bool
+    config: DmlConfig, data: RetrievalData, model: nn.Module, loaders: DmlLoaders, *, last: bool
 ) -> tuple[Embedded, Found]:
     """The embeddings of the test images, and what they find; ``last`` as in ``search``."""
     tested = embed(model, loaders.test, data.preprocessing, config.precision)
     gallery = embed(model, loaders.gallery, data.preprocessing, config.precision) if loaders.gallery else None
-    return tested, search(tested, gallery, data, config, model, last=last)
+    return tested, search(tested, gallery, data, config, model, getattr(model, "introspection", None), last=last)
 
 
 class Parts(nn.Module):
@@ -429,11 +462,12 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """The figures of a stored model on the test images, beside the checkpoint's run."""
     assert config.checkpoint is not None
+    checkpoint = read_checkpoint(config.checkpoint)
     try:
-        model.load_state_dict(read_checkpoint(config.checkpoint)["model"])
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
-    tested, found = evaluate_model(config, data, model, loaders, last=True)
+    tested, found = evaluate_model(config, data, with_stored_introspection(model, checkpoint), loaders, last=True)
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items()))

@@ -10,7 +10,8 @@ from idml._version import __version__
 if TYPE_CHECKING:
     from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
     from idml.errors import TrainingError, UserError
-    from idml.models import ClassifierOutput, IntrospectiveClassifier, alteration_score, uncertainty_score
+    from idml.introspect import introspect
+    from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
     from idml.similarity import introspective_distance, introspective_similarity, introspective_weight
     from idml.trained import Embeddings, Predictions, TrainedModel, load
     from idml.transformer import IntrospectiveTransformer
@@ -27,7 +28,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "__version__",
-    "alteration_score",
+    "introspect",
     "introspective_distance",
     "introspective_similarity",
     "introspective_weight",
@@ -46,7 +47,7 @@ _HOMES = {
     "TrainedModel": "trained",
     "TrainingError": "errors",
     "UserError": "errors",
-    "alteration_score": "models",
+    "introspect": "introspect",
     "introspective_distance": "similarity",
     "introspective_similarity": "similarity",
     "introspective_weight": "similarity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,29 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
     if missing := wrong_entries(checkpoint, CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of train_cls.py or train_dml.py: {missing}")
     checkpoint["classes"] = [composed(str(name)) for name in checkpoint["classes"]]
-    return checkpoint
+    return without_loss_prediction(checkpoint, path)
+
+
+EARLIER_HEADS = ("uncertainty_head.", "directions", "calibration.", "search_calibration.")
+"""Names of what loss prediction, which earlier versions trained with, has put into a checkpoint."""
+
+
+def without_loss_prediction(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A checkpoint of an earlier version whose uncertainty head foresaw losses, as one of a plain network.
+
+    Its answers and embeddings are as they were; the head is left out, and a warning says how to have more than it gave.
+    """
+    if checkpoint["config"].get("uncertainty_loss", "none") == "none":
+        return checkpoint
+    warnings.warn(
+        f"{path} was trained with loss prediction, which this version does not have: its answers are as they were, "
+        "P(wrong) is not. To have it again: python -m idml introspect --checkpoint ... --data-dir ...",
+        UserWarning,
+        stacklevel=3,
+    )
+    kept = {name: value for name, value in checkpoint["model"].items() if not name.startswith(EARLIER_HEADS)}
+    config = checkpoint["config"] | {"ism": "off", "uncertainty_loss": "none"}
+    return checkpoint | {"model": kept, "config": config}
 
 
 def wrong_entries(content: Mapping[str, Any], expected: Mapping[str, type | tuple[type, ...]]) -> str:

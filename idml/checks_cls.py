@@ -6,10 +6,10 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
-from idml.checks_uncertainty import unused_uncertainty
 from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.introspection_options import unused_introspection
 from idml.resume import check_saving, unused_saving
 
 IN_PACKAGE = ("fashion-mnist-mini", "digits")
@@ -96,7 +96,7 @@ def warn_without_effect(config: ClsConfig, defaults: ClsConfig, given: set[str])
         unused["download"] = f"dataset {config.dataset} is not downloaded"
     if config.pretrained in (None, "timm"):
         unused |= dict.fromkeys(("pretrained_key", "pretrained_allow_missing"), "there is no --pretrained FILE")
-    unused |= unused_saving(config) | unused_uncertainty(config)
+    unused |= unused_saving(config) | unused_introspection(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.dataset in IN_PACKAGE:

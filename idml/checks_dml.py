@@ -6,10 +6,10 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
-from idml.checks_uncertainty import unused_uncertainty
 from idml.config import check_name_values, check_positive, check_within
 from idml.distributed import is_main
 from idml.errors import UserError
+from idml.introspection_options import unused_introspection
 from idml.resume import check_saving, unused_saving
 
 IN_PACKAGE = ("emoji-mini",)
@@ -102,7 +102,7 @@ def warn_without_effect(config: DmlConfig, defaults: DmlConfig, given: set[str])
         unused |= dict.fromkeys(("pretrained_key", "pretrained_allow_missing"), "there is no --pretrained FILE")
     if config.device == "cpu":
         unused["gpu"] = "--device cpu asks for none"
-    unused |= unused_saving(config) | unused_uncertainty(config)
+    unused |= unused_saving(config) | unused_introspection(config)
     if not config.eval_only:
         unused["checkpoint"] = "it is for --eval-only"
     if config.output_dir is not None:

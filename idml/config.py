@@ -206,6 +206,11 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def joined(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of which later ones win."""
+    return {name: value for layer in layers for name, value in layer.items()}
+
+
 def check_within(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     """UserError for the first field, other than None, outside its (lowest, highest) value."""
     for name, (low, high) in ranges.items():

@@ -9,18 +9,21 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_cls import check_ranges, warn_without_effect
-from idml.checks_uncertainty import join_layers, resolve_uncertainty
-from idml.config import build_config, option, parse_command_line, parse_name_values
+from idml.config import build_config, joined, option, parse_command_line, parse_name_values
 from idml.cutmix_flags import translate_cutmix_flags
 from idml.distributed import world_size
 from idml.errors import UserError
-from idml.models import IsmVariant, UncertaintyLoss
-from idml.resume import SavingOptions, resumed_layer, with_uncertainty_loss
+from idml.introspection_options import IntrospectionOptions, resolve_introspection
+from idml.models import IsmVariant
+from idml.resume import resumed_layer
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
 Method = Literal["baseline", "ism", "mixup", "idml-mixup", "cutmix", "idml-cutmix"]
 Dataset = Literal["fashion-mnist-mini", "fashion-mnist", "digits", "cifar10", "cifar100", "imagenet", "folder"]
+
+PUBLISHED = ("cifar10", "cifar100", "imagenet")
+"""Data sets of published tables: every training image is trained on unless a command says otherwise."""
 
 METHODS: dict[Method, tuple[IsmVariant, Mix]] = {
     "baseline": ("off", "none"),
@@ -34,7 +37,7 @@ METHODS: dict[Method, tuple[IsmVariant, Mix]] = {
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class ClsConfig(SavingOptions):
+class ClsConfig(IntrospectionOptions):
     """Everything that decides a classification run. Units: learning rates per step, sizes in pixels."""
 
     method: Method = option("idml-cutmix", "one of the six methods; sets --ism and --mix")
@@ -44,16 +47,6 @@ class ClsConfig(SavingOptions):
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha); 1 in every published recipe")
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     uncertainty_dim: int = option(128, "length of the uncertainty embedding; released: 128 for CIFAR, 512 for ImageNet")
-
-    uncertainty_loss: UncertaintyLoss | None = option(
-        None, "what trains the uncertainty head beside the ISM: none (default), or loss-prediction with ism live"
-    )
-    uncertainty_share: float = option(
-        0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
-    )
-    uncertainty_shifts: list[str] | None = option(
-        None, "how they are spoilt: of mixup, cutmix, blur, noise, crop; default all of them"
-    )
 
     model: str = option("resnet20_cifar", "any timm model name, or resnet{8,14,20,...}_cifar, pyramidnet..._cifar")
     model_kwargs: list[str] | None = option(
@@ -75,7 +68,10 @@ class ClsConfig(SavingOptions):
     download: bool = option(
         False, "let torchvision download Fashion-MNIST or CIFAR into --data-dir when it is not there"
     )
-    val_fraction: float = option(0.0, "share of the training images held out; the best epoch is then picked on them")
+    val_fraction: float | None = option(
+        None,
+        "share of the training images held out (best epoch, introspection); default 0.1, published sets 0",
+    )
     skip_bad_images: bool = option(False, "leave images out that cannot be decoded, and say how many")
     workers: int = option(2, "processes or threads per GPU that load images", "-j")
     loader: Literal["auto", "ffcv", "torch"] = option("auto", "auto takes FFCV where it is installed, and says so")
@@ -162,7 +158,7 @@ def parse_cls_config(argv: Sequence[str], *, description: str) -> tuple[ClsConfi
     layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
-    config = build_config(ClsConfig, join_layers(layers))
+    config = build_config(ClsConfig, joined(layers))
     config.resume = None if path is None else str(path)
     _resolve(config, set(file) | set(flags), set(flags))
     check_ranges(config)
@@ -175,7 +171,6 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     if path is None:
         raise UserError("--eval-only needs --checkpoint FILE, the model to evaluate")
     values = read_checkpoint(path)["config"]
-    values = with_uncertainty_loss(values)
     known = {field.name for field in dataclasses.fields(ClsConfig)}
     of_that_run = {
         "output_dir",
@@ -198,7 +193,7 @@ def _resolve(config: ClsConfig, given: set[str], flags: set[str]) -> None:
     )
     if config.mix_prob is None:
         config.mix_prob = {"none": 0.0, "cutmix": 0.5, "mixup": 1.0}[config.mix]
-    resolve_uncertainty(config)
+    resolve_introspection(config, PUBLISHED)
     if config.batch_size_per_gpu is not None:
         if "batch_size" in given and "batch_size_per_gpu" in given:
             raise UserError("give --batch-size (over all processes) or --batch-size-per-gpu, not both")

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from idml.checkpoint import read_checkpoint
 from idml.checks_dml import check_ranges, warn_without_effect
-from idml.checks_uncertainty import join_layers, resolve_uncertainty
-from idml.config import build_config, option, parse_command_line
+from idml.config import build_config, joined, option, parse_command_line
 from idml.distributed import world_size
 from idml.errors import UserError
+from idml.introspection_options import IntrospectionOptions, resolve_introspection
 from idml.losses import LOSSES, LossName
-from idml.models import IsmVariant, UncertaintyLoss
-from idml.resume import SavingOptions, resumed_layer, with_uncertainty_loss
+from idml.models import IsmVariant
+from idml.resume import resumed_layer
 from idml.similarity import TEMPERATURE
 
 Mix = Literal["none", "mixup", "cutmix"]
@@ -30,7 +30,7 @@ OF_THAT_RUN = {"output_dir", "wandb", "device", "gpu", "pretrained", "pretrained
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class DmlConfig(SavingOptions):
+class DmlConfig(IntrospectionOptions):
     """Everything that decides a retrieval run. Units: learning rates per step, sizes in pixels."""
 
     loss: LossName = option("Proxy_Anchor", "one of the eight losses of idml.losses")
@@ -42,15 +42,6 @@ class DmlConfig(SavingOptions):
     temperature: float = option(TEMPERATURE, "tau of the ISM; 5 in the released code")
     embedding_size: int = option(512, "length of the semantic embedding; 512 in every published row", "--sz-embedding")
     uncertainty_dim: int | None = option(None, "length of the uncertainty embedding; default that of the semantic one")
-    uncertainty_loss: UncertaintyLoss | None = option(
-        None, "what trains the uncertainty head beside the ISM: none (default), or loss-prediction with ism live"
-    )
-    uncertainty_share: float = option(
-        0.5, "images shown to the head alone, spoilt by --uncertainty-shifts, as a share of the batch"
-    )
-    uncertainty_shifts: list[str] | None = option(
-        None, "how they are spoilt: of mixup, cutmix, blur, noise, crop; default all of them"
-    )
     pool: Literal["avg+max", "avg", "max"] = option("avg+max", "pooling of the last feature map; released: the sum")
     alpha: float | None = option(None, "scale of Proxy_Anchor (default 32) and Proxy_NCA (default 32)")
     mrg: float | None = option(None, "margin of the loss, where it has one; default the published one")
@@ -82,8 +73,9 @@ class DmlConfig(SavingOptions):
         0.5, "share of the classes that are tested on, where the data do not say (folder, csv)"
     )
     min_families: int = option(8, "icons: leave classes out that fewer icon families draw")
-    val_fraction: float = option(
-        0.0, "share of the training classes held out; the best epoch is then picked by their R@1"
+    val_fraction: float | None = option(
+        None,
+        "share of the training classes held out (best epoch, introspection); default 0.1, published sets 0",
     )
     skip_bad_images: bool = option(False, "leave images out that cannot be decoded, and say how many")
     workers: int = option(4, "processes or threads per GPU that load images", "-j")
@@ -159,7 +151,7 @@ def parse_dml_config(argv: Sequence[str], *, description: str) -> tuple[DmlConfi
     layers.insert(0, layer)
     if flags.get("eval_only") or file.get("eval_only"):
         layers.insert(0, _config_of_checkpoint(flags.get("checkpoint") or file.get("checkpoint")))
-    config = build_config(DmlConfig, join_layers(layers))
+    config = build_config(DmlConfig, joined(layers))
     config.resume = None if path is None else str(path)
     given = set(file) | set(flags)
     _resolve(config)
@@ -176,7 +168,7 @@ def _config_of_checkpoint(path: str | None) -> dict[str, Any]:
     if "loss" not in values:
         raise UserError(f"{path} is a checkpoint of train_cls.py; evaluate it with train_cls.py --eval-only")
     known = {field.name for field in dataclasses.fields(DmlConfig)}
-    return {name: value for name, value in with_uncertainty_loss(values).items() if name in known - OF_THAT_RUN}
+    return {name: value for name, value in values.items() if name in known - OF_THAT_RUN}
 
 
 def default_ks(dataset: str) -> list[int]:
@@ -191,7 +183,7 @@ def _resolve(config: DmlConfig) -> None:
     if config.mix is None:
         published = config.dataset in PUBLISHED and config.ism != "off"
         config.mix = "mixup" if published else "none"
-    resolve_uncertainty(config)
+    resolve_introspection(config, PUBLISHED)
     settings = LOSSES[config.loss]
     if config.uncertainty_dim is None:
         config.uncertainty_dim = config.embedding_size

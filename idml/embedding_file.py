@@ -33,7 +33,12 @@ ROW_GROUP = 8192
 
 TEXTS = ("path", "split", "label")
 REQUIRED = ("embedding", "uncertainty")
-DIMENSIONS = {"embedding": "semantic", "uncertainty_embedding": "uncertainty", "belief": "belief"}
+DIMENSIONS = {
+    "embedding": "semantic",
+    "uncertainty_embedding": "uncertainty",
+    "belief": "belief",
+    "coordinates": "coordinates",
+}
 """Column of vectors: its name among the dimensions of the description."""
 
 
@@ -46,8 +51,8 @@ class EmbeddingTable:
         paths: N, relative to ``data_dir``.
         splits, labels: N names; None where there is none.
         numbers: ``embedding`` (N, D), ``uncertainty`` (N,) (NaN where there is no score), ``uncertainty_embedding``
-            (N, E) with ISM, ``foreseen_loss`` and ``alteration`` (N,) and ``belief`` (N, K) with loss prediction, and
-            of a classifier ``top_probabilities`` (N, T); all float32.
+            (N, E) with ISM, ``novelty`` and ``foreseen_loss`` (N,), ``coordinates`` (N, Q) and, of a retrieval model,
+            ``belief`` (N, K) with an introspection, and of a classifier ``top_probabilities`` (N, T); all float32.
         top_classes: N times T names, of a classifier; else None.
     """
 
@@ -226,7 +231,7 @@ def _read_parquet(path: Path, wanted: Names[str] | None) -> EmbeddingTable:
             if not width or len(numbers[name]) != len(table) * width:
                 raise UserError(f"{path} is damaged: its column {name} is not {len(table)} vectors of {width} numbers")
             numbers[name] = numbers[name].reshape(len(table), width)
-        elif name in ("uncertainty", "foreseen_loss", "alteration"):  # others may have added columns
+        elif name in ("uncertainty", "foreseen_loss", "novelty"):  # others may have added columns
             numbers[name] = column.to_numpy(zero_copy_only=False).astype(np.float32)
     texts = {name: table.column(name).to_pylist() for name in TEXTS}
     return EmbeddingTable(

@@ -24,7 +24,6 @@ from idml.errors import UserError
 from idml.metrics.classification import classification_metrics, concatenate, predictions_of, uncertainty_metrics
 from idml.metrics.uncertainty import selective_metrics
 from idml.models import ClassifierOutput, IntrospectiveClassifier
-from idml.resume import with_uncertainty_loss
 from idml.retrieval_evaluation import Embedded, embed, search
 from idml.runtime import autocast
 from idml.scores import classifier_scores
@@ -86,7 +85,7 @@ def of_training(config: Mapping[str, Any]) -> Tested:
 def _dml_config(config: Mapping[str, Any]) -> DmlConfig:
     """A checkpoint's config as it was in its run, as far as this version knows its options."""
     known = {field.name for field in dataclasses.fields(DmlConfig)}
-    stored = with_uncertainty_loss(config)
+    stored = dict(config)
     values = {name: value for name, value in stored.items() if name in known}
     return build_config(DmlConfig, values | {"pretrained": None})  # that file may be gone by now
 
@@ -223,7 +222,6 @@ def retrieval_figures(
     config = dataclasses.replace(
         config,
         ism=model.spec.ism,
-        uncertainty_loss=model.spec.uncertainty_loss,
         ks=sorted(set(ks)) if ks is not None else default,
         nmi=nmi,
     )
@@ -237,11 +235,12 @@ def retrieval_figures(
 
     def embedded(dataset: ImageDataset) -> Embedded:
         loader = model.loader(dataset, batch_size=batch_size, workers=workers)
-        return embed(network, loader, model.spec.preprocessing, tested.precision)
+        return embed(model.whole, loader, model.spec.preprocessing, tested.precision)
 
     gallery = None if tested.gallery is None else embedded(tested.gallery)
     try:
-        metrics = search(embedded(tested.dataset), gallery, data, config, network, last=True).metrics
+        result = search(embedded(tested.dataset), gallery, data, config, network, model.introspection, last=True)
+        metrics = result.metrics
     except ValueError as error:  # a K that is larger than what is left without a query's family
         raise UserError(f"the figures of {tested.name} cannot be had: {error}") from None
     prefix = "R-AUROC "

@@ -46,6 +46,8 @@ def output_names(model: TrainedModel) -> tuple[str, ...]:
         names.append("uncertainty")
     if model.spec.ism != "off":
         names.append("uncertainty_embedding")
+    if model.introspection is not None:
+        names.append("novelty")
     return tuple(names)
 
 
@@ -62,7 +64,7 @@ class ExportedGraph(nn.Module):
 
     def __init__(self, model: TrainedModel, input_type: InputType) -> None:
         super().__init__()
-        self.network = model.network
+        self.network = model.whole
         self.names = output_names(model)
         self.plain = model.spec.ism == "off"
         # Buffers, not constants: a loaded graph that is moved to another device takes them along.
@@ -79,6 +81,7 @@ class ExportedGraph(nn.Module):
         - ``semantic``: (N, D).
         - ``uncertainty``: (N,), the score that ``TrainedModel.score_name`` names.
         - ``uncertainty_embedding``: (N, E), where ISM is on.
+        - ``novelty``: (N,) in [0, 1], where the model was introspected.
         """
         output = self.network((images.float() - self.shift) / self.scale)
         found = named_outputs(output, plain=self.plain)
@@ -90,9 +93,11 @@ def named_outputs(output: ClassifierOutput | EmbedderOutput, *, plain: bool) -> 
     found = {"semantic": output.semantic, "uncertainty_embedding": output.uncertainty}
     if isinstance(output, ClassifierOutput):
         found["logits"] = output.logits
-        if plain:
-            return found | {"uncertainty": 1 - output.logits.softmax(1).amax(1)}
-    return found if plain else found | {"uncertainty": uncertainty_score(output)}
+    if output.scores is not None:
+        return found | {"uncertainty": output.scores.p_wrong, "novelty": output.scores.novelty}
+    if not plain:
+        return found | {"uncertainty": uncertainty_score(output)}
+    return found | ({"uncertainty": 1 - found["logits"].softmax(1).amax(1)} if "logits" in found else {})
 
 
 def example_images(model: TrainedModel) -> Tensor:
@@ -179,6 +184,7 @@ def describe(model: TrainedModel, input_type: InputType) -> dict[str, Any]:
         "semantic": {"shape": ["batch", spec.embedding_size or model.network.feature_dim], "meaning": "embedding"},
         "uncertainty": {"shape": ["batch"], "meaning": score_meaning(model)},
         "uncertainty_embedding": {"shape": ["batch", spec.uncertainty_dim], "meaning": "u of the ISM"},
+        "novelty": {"shape": ["batch"], "meaning": "share of held-out known images that are less strange, in [0, 1]"},
     }
     return {
         "task": spec.task,

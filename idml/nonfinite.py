@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from idml import distributed
 from idml.data.torch_loader import Loader
 from idml.errors import TrainingError
-from idml.heads import ForesightHead
 from idml.run import Run, write_text
 from idml.state import TrainingState
 
@@ -48,8 +47,7 @@ class FiniteGuard:
     def begin(self) -> None:
         """To be called before the forward pass of a step."""
         if self.skips:
-            with_figures = (nn.modules.batchnorm._BatchNorm, ForesightHead)
-            norms = [m for m in self.state.model.modules() if isinstance(m, with_figures)]
+            norms = [m for m in self.state.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             self._batch_norm = [(b, b.clone()) for norm in norms if norm.training for b in norm.buffers()]
 
     def update(self, loss: Tensor, figures: Mapping[str, Tensor]) -> bool:

@@ -14,6 +14,7 @@ from augment import MixedBatch, denormalise
 from idml.data.image_dataset import DataSplits
 from idml.data.torch_loader import Loader
 from idml.evaluation import Evaluation
+from idml.introspection.introspection import IntrospectionSpec
 from idml.metrics.classification import Predictions
 from idml.metrics.uncertainty import ECE_BINS
 from idml.pictures import extremes_grid, mixed_grid
@@ -29,11 +30,19 @@ def epoch_line(metrics: Mapping[str, Any]) -> str:
         line += f"  test  top-1 {metrics['top1']:.2%}  nll {metrics['nll']:.3f}  ece {metrics['ece']:.3f}"
     if "val_top1" in metrics:
         line += f"  val top-1 {metrics['val_top1']:.2%}"
-    if "uncertainty_test" in metrics:
-        line += f"  error AUROC {metrics['error_auroc']:.3f} (1 - max softmax {metrics['error_auroc_max_softmax']:.3f})"
+    if "uncertainty_train_mixed" in metrics:
         line += f"  u test {metrics['uncertainty_test']:.2f} clean {metrics['uncertainty_train_clean']:.2f}"
         line += f" mixed {metrics['uncertainty_train_mixed']:.2f} active {metrics['active_uncertainty_units']:.0%}"
     return line + f"  {metrics['images_per_second']:.0f} images/s"
+
+
+def introspection_line(metrics: Mapping[str, Any], spec: IntrospectionSpec) -> str:
+    """What the introspection is worth on the test images, on one line."""
+    how = f"calibrated on {spec.held_out} held-out images" if spec.calibrated else f"not calibrated: {spec.note}"
+    return (
+        f"introspection  error AUROC {metrics['error_auroc']:.3f} (1 - max softmax "
+        f"{metrics['error_auroc_max_softmax']:.3f})  answered at 5 % risk {metrics['coverage_at_5_risk']:.1%}  {how}"
+    )
 
 
 def write_confusion(
@@ -68,43 +77,44 @@ def draw_mixed(run: Run, batch: MixedBatch, data: DataSplits, step: int) -> None
     run.log_picture("mixed", "mixed training images", mixed_grid(images, batch, data.train.classes), step)
 
 
-def _ranking(predictions: Predictions, *, ism_on: bool) -> tuple[str, Tensor]:
-    """Name and values of the score that images are ranked by: a plain classifier has no uncertainty embedding."""
-    if not ism_on:
+def _ranking(predictions: Predictions) -> tuple[str, Tensor]:
+    """Name and values of the score that images are ranked by."""
+    if predictions.p_wrong.isnan().any():
         return "1 - max softmax", 1 - predictions.confidence
-    return ("P(wrong)" if predictions.evidence.shape[1] else "|u|"), predictions.uncertainty
+    return "P(wrong)", predictions.p_wrong
 
 
 def log_uncertainty(run: Run, test: Evaluation, ism: str, epoch: int) -> None:
-    """TensorBoard's view of the uncertainty after an epoch: histograms, the risk-coverage curve, the reliability.
+    """TensorBoard's view of the uncertainty: histograms, the risk-coverage curve, the reliability.
 
-    The histograms are of the score over all, rightly and wrongly classified test images, and over mixed training images
-    beside the clean ones. Curves go to ``pictures/risk_coverage.png`` and, where the score is a probability,
+    The histograms are of the score over all, rightly and wrongly classified test images and, with ISM, of |u| over test
+    images and mixed training images. Curves go to ``pictures/risk_coverage.png`` and, after the introspection,
     ``pictures/reliability.png`` too.
     """
     predictions = test.predictions
-    name, scores = _ranking(predictions, ism_on=ism != "off")
+    name, scores = _ranking(predictions)
     right = predictions.predicted == predictions.label
     groups = {"all": scores, "right": scores[right], "wrong": scores[~right]}
-    if test.mixed_scores is not None:
-        groups["mixed training images"] = test.mixed_scores
-    for group, chosen in groups.items():
+    named = {f"{name} of test images/{group}": chosen for group, chosen in groups.items()}
+    if ism != "off" and test.mixed_scores is not None:
+        named |= {"|u|/test images": predictions.uncertainty, "|u|/mixed training images": test.mixed_scores}
+    for title, chosen in named.items():
         if len(chosen):
-            run.log_histogram(f"{name} of test images/{group}", chosen, epoch)
+            run.log_histogram(title, chosen, epoch)
     if not run.writes:
         return
-    curves = {name: scores} if ism == "off" else {name: scores, "1 - max softmax": 1 - predictions.confidence}
+    curves = {name: scores, "1 - max softmax": 1 - predictions.confidence}
     run.log_picture("risk_coverage", "risk and coverage on the test images", risk_coverage_plot(curves, right), epoch)
-    if predictions.evidence.shape[1]:
+    if name == "P(wrong)":
         picture = reliability_plot(scores, ~right, name=f"{name}, {ECE_BINS} bins")
         run.log_picture("reliability", "reliability of P(wrong) on the test images", picture, epoch)
 
 
 def draw_extremes(
-    run: Run, predictions: Predictions, loader: Loader, classes: Sequence[str], epoch: int, *, ism_on: bool
+    run: Run, predictions: Predictions, loader: Loader, classes: Sequence[str], epoch: int
 ) -> None:
     """The eight most and eight least uncertain test images, as ``pictures/uncertain.png`` and in TensorBoard."""
-    name, scores = _ranking(predictions, ism_on=ism_on)
+    name, scores = _ranking(predictions)
     order = scores.argsort(descending=True, stable=True).tolist()
     count = min(8, len(order) // 2)
     chosen = order[:count] + order[len(order) - count :]

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from idml.data.retrieval_data import RetrievalData
+from idml.introspection.introspection import IntrospectionSpec
 from idml.pictures import neighbour_grid, save_png
 from idml.run import Run, write_text
 
@@ -43,12 +44,24 @@ def epoch_line(metrics: Mapping[str, Any]) -> str:
         line += f"  R-AUROC 1-sim {metrics['R-AUROC similarity']:.3f}"
         if "R-AUROC uncertainty" in metrics:
             line += f" u {metrics['R-AUROC uncertainty']:.3f}"
-            line += f" search {metrics['R-AUROC search']:.3f}" if "R-AUROC search" in metrics else ""
             line += f"  ISM weight {metrics['ism_weight']:.3f}"
     line += f"  {metrics['images_per_second']:.0f} images/s"
     if "other_families/R@1" in metrics:
         line += f"\n           without the query's family in the gallery  {_retrieval(metrics, 'other_families/')}"
     return line
+
+
+def introspection_line(metrics: Mapping[str, Any], spec: IntrospectionSpec) -> str:
+    """What the introspection is worth on the test images, on one line."""
+    how = (
+        f"calibrated on {spec.held_out} images of held-out classes"
+        if spec.calibrated
+        else f"not calibrated: {spec.note}"
+    )
+    return (
+        f"introspection  R-AUROC of P(nearest is wrong) {metrics['R-AUROC search']:.3f} (1 - similarity "
+        f"{metrics['R-AUROC similarity']:.3f}), of the image alone {metrics['R-AUROC uncertainty']:.3f}  {how}"
+    )
 
 
 def _retrieval(metrics: Mapping[str, Any], prefix: str) -> str:

@@ -111,16 +111,11 @@ def resumed_layer(config_class: type, values: Mapping[str, Any]) -> tuple[Path |
     if ("loss" in stored) != ("loss" in known):  # only a retrieval run has one to choose
         script = "train_dml.py" if "loss" in stored else "train_cls.py"
         raise UserError(f"{path} is a checkpoint of {script}; go on with that script")
-    layer = {name: value for name, value in with_uncertainty_loss(stored).items() if name in known}
+    layer = {name: value for name, value in stored.items() if name in known}
     layer["output_dir"] = str(path.resolve().parent.parent if resume != "auto" else directory)
     if "expname" in layer:
         layer["expname"] = None  # the directory is known already
     return path, layer
-
-
-def with_uncertainty_loss(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint; one from before there was loss prediction was trained without."""
-    return {"uncertainty_loss": "none"} | dict(stored)
 
 
 def planned_steps(config: Any, steps_per_epoch: int) -> int:
@@ -137,8 +132,10 @@ def check_same_run(checkpoint: Mapping[str, Any], config: Any, train: ImageDatas
         train: its training images.
         steps_per_epoch: of the run to be.
     """
-    stored_config = with_uncertainty_loss(checkpoint["config"])
+    stored_config = checkpoint["config"]
     differences = []
+    if stored_config.get("uncertainty_loss", "none") != "none":
+        differences.append("it was trained with loss prediction, which this version does not have")
     for field in dataclasses.fields(config):
         before, now = stored_config.get(field.name), getattr(config, field.name)
         if field.name in stored_config and field.name not in MAY_CHANGE and before != now:

@@ -13,8 +13,8 @@ from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.torch_loader import Loader
 from idml.distributed import gather_interleaved
-from idml.embedder import IntrospectiveEmbedder
-from idml.foresight import log_loss_evidence, search_evidence
+from idml.introspection.calibration import search_evidence
+from idml.introspection.introspection import Introspection
 from idml.metrics import nearest_neighbours, retrieval_auroc, retrieval_metrics
 from idml.models import uncertainty_score
 from idml.runtime import autocast
@@ -31,11 +31,10 @@ class Embedded(NamedTuple):
 
     Attributes:
         semantic: (N, D) float32.
-        uncertainty: (N,) ``uncertainty_score``.
+        uncertainty: (N,) |u|; P(wrong) of the image alone where there is an introspection.
         norm: (N,) length of the semantic embedding before it was normalised.
         labels: (N,) int64.
-        foreseen_loss: (N,) nats, and belief: (N, K) of unit length, of the uncertainty head; NaN and (N, 0) without
-            loss prediction.
+        foreseen_loss: (N,) nats, and belief: (N, K) of unit length, of the introspection; NaN and (N, 0) without one.
     """
 
     semantic: Tensor
@@ -55,8 +54,8 @@ class Found(NamedTuple):
         neighbours: (Q, 5) int64 positions in the gallery, nearest first.
         similarities: (Q, 5) their cosine similarities.
         right: (Q,) bool, whether the nearest one is of the query's class.
-        error_probability: (Q,) in [0, 1], that it is not, from query and nearest neighbour together; None without loss
-            prediction.
+        error_probability: (Q,) in [0, 1], that it is not, from query and nearest neighbour together; None without an
+            introspection.
     """
 
     metrics: dict[str, float]
@@ -86,9 +85,10 @@ def embed(model: nn.Module, loader: Loader, preprocessing: Preprocessing, precis
         images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
         with autocast(device, precision):
             output = model(images)
-        score, norm = uncertainty_score(output), output.norm
-        foreseen = torch.full_like(norm, torch.nan) if output.foreseen_loss is None else output.foreseen_loss
-        belief = norm.new_zeros(len(norm), 0) if output.belief is None else output.belief
+        norm, scores = output.norm, output.scores
+        score = uncertainty_score(output) if scores is None else scores.p_wrong
+        foreseen = torch.full_like(norm, torch.nan) if scores is None else scores.foreseen_loss
+        belief = norm.new_zeros(len(norm), 0) if scores is None else scores.belief
         columns = [column.float().cpu() for column in (output.semantic, score, norm, foreseen, belief)]
         batches.append([*columns[:3], labels, *columns[3:]])
     return Embedded(*gather_interleaved([torch.cat(columns) for columns in zip(*batches, strict=True)]))
@@ -104,18 +104,6 @@ def evidence_of(queries: Embedded, searched: Embedded, neighbours: Tensor, simil
         searched.foreseen_loss[nearest],
         similarities[:, :2],
     )
-
-
-def calibrate(model: IntrospectiveEmbedder, held_out: Embedded) -> None:
-    """Fit the model's probabilities of an error to images of classes that it was not trained on.
-
-    They search one another. One probability is of the image alone, the other of what it has found. Of how many images a
-    nearest neighbour is wrong depends on how many there are to be found, so both mean a gallery like this one.
-    """
-    neighbours, similarities = nearest_neighbours(held_out.semantic, min(2, len(held_out.labels) - 1))
-    wrong = held_out.labels[neighbours[:, 0]] != held_out.labels
-    if model.calibration.fit(log_loss_evidence(held_out.foreseen_loss)[:, None], wrong):
-        model.search_calibration.fit(evidence_of(held_out, held_out, neighbours, similarities), wrong)
 
 
 def held_out_metrics(held_out: Embedded, config: DmlConfig, device: torch.device) -> dict[str, float]:
@@ -143,7 +131,8 @@ def search(
     gallery: Embedded | None,
     data: RetrievalData,
     config: DmlConfig,
-    model: IntrospectiveEmbedder,
+    model: nn.Module,
+    introspection: Introspection | None = None,
     *,
     last: bool,
 ) -> Found:
@@ -155,6 +144,7 @@ def search(
         data: gives families.
         config: K, clustering, lone queries.
         model: whose embeddings they are; figures are computed on its device.
+        introspection: of the model, if the embeddings have what it says.
         last: whether training is over; large sets are clustered only then.
     """
     assert config.ks is not None
@@ -179,12 +169,13 @@ def search(
     neighbours, similarities = (part.cpu() for part in nearest_neighbours(embeddings, count, **queries))
     right = searched.labels[neighbours[:, 0]] == test.labels
     scores = {"uncertainty": test.uncertainty, "norm": -test.norm, "similarity": 1 - similarities[:, 0]}
-    if config.ism == "off":
+    if config.ism == "off" and introspection is None:
         del scores["uncertainty"]
     probability = None
-    if config.uncertainty_loss != "none":
+    if introspection is not None:
+        assert introspection.search_calibration is not None
         evidence = evidence_of(test, searched, neighbours, similarities)
         with torch.no_grad():
-            probability = scores["search"] = model.search_calibration(evidence.to(device)).cpu()
+            probability = scores["search"] = introspection.search_calibration(evidence.to(device)).cpu()
     metrics |= {f"R-AUROC {name}": retrieval_auroc(score, right) for name, score in scores.items()}
     return Found(metrics, neighbours, similarities, right, probability)

@@ -204,6 +204,20 @@ class Run:
             if isinstance(value, (int, float)) and name != "epoch":
                 self.log_scalar(name, value, metrics["epoch"])
 
+    def amend_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Further figures of the last epoch, or others in their place, in ``metrics.jsonl`` and TensorBoard."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.history[-1] |= known
+        if self._log is None:
+            return
+        try:
+            write_text(self.directory / "metrics.jsonl", "".join(json.dumps(each) + "\n" for each in self.history))
+        except OSError as error:
+            self._failed("metrics.jsonl", error)
+        for name, value in known.items():
+            if isinstance(value, (int, float)):
+                self.log_scalar(name, value, self.history[-1]["epoch"])
+
     def log_projector(self, embeddings: Tensor, names: Sequence[str], images: Tensor, step: int) -> None:
         """Embeddings for TensorBoard's projector, each with its name and its image.
 

@@ -18,7 +18,7 @@ from idml.checkpoint_files import write_checkpoint
 from idml.data.image_dataset import DataSplits
 from idml.data.retrieval_data import RetrievalData
 from idml.errors import StorageError, UserError
-from idml.optim import WithHead
+from idml.introspection.introspection import Introspection
 from idml.resume import same_length
 from idml.run import Run
 from idml.signals import Interrupted, StopSignals
@@ -39,6 +39,7 @@ class Saver:
     def __init__(self, run: Run, state: TrainingState, data: DataSplits | RetrievalData, signals: StopSignals) -> None:
         self.run, self.state, self.data, self.signals = run, state, data, signals
         self.failures = 0
+        self.introspection: Introspection | None = None
         self._saved_at, self._saved_step = time.monotonic(), state.step
 
     def start(self, stored: Mapping[str, Any] | None) -> None:
@@ -70,6 +71,12 @@ class Saver:
         is_best = self.run.add_epoch(metrics, pick_by=pick_by)
         self.save(best=is_best)
         self.run.write_epoch()
+
+    def end_introspection(self, metrics: Mapping[str, Any], introspection: Introspection) -> None:
+        """The network has been introspected: what the last epoch's figures become, and a checkpoint with it."""
+        self.introspection = introspection
+        self.run.amend_epoch(metrics)
+        self.save()
 
     def stop_if_asked(self) -> None:
         """Raise ``Interrupted`` if this rank has got a signal; to be called where the state has just been saved."""
@@ -140,6 +147,8 @@ class Saver:
             "history": self.run.history,
             "seconds": self.run.seconds(),
         }
+        if self.introspection is not None:
+            about["introspection"] = stored_introspection(self.introspection)
         return self.state.state_dict() | about
 
     def _check_space(self) -> None:
@@ -157,6 +166,11 @@ class Saver:
             )
 
 
+def stored_introspection(introspection: Introspection) -> dict[str, Any]:
+    """What a checkpoint has of an introspection: ``spec``, plain values, and ``state``, tensors."""
+    return {"spec": introspection.spec.as_json(), "state": introspection.state_dict()}
+
+
 def estimated_bytes(state: TrainingState) -> int:
     """Bytes of a checkpoint: every tensor of model, average and loss, and what the optimizer keeps of each."""
 
@@ -167,9 +181,8 @@ def estimated_bytes(state: TrainingState) -> int:
         copies = 2 if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)) else 1
         return copies * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
 
-    optimizers = state.optimizer.parts if isinstance(state.optimizer, WithHead) else (state.optimizer,)
     average = None if state.ema is None else state.ema.module
-    return size(state.model) + size(average) + size(state.loss) + sum(map(kept, optimizers))
+    return size(state.model) + size(average) + size(state.loss) + kept(state.optimizer)
 
 
 def resume_message(path: str, state: TrainingState) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idml.foresight import EVIDENCE
-from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
+from idml.introspection.calibration import odds
+from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.similarity import class_sq_distances, introspective_exponent
 
 FREE_SCORES = ("1 - max softmax", "entropy", "margin", "-|feature|", "random")
@@ -14,8 +14,8 @@ FREE_SCORES = ("1 - max softmax", "entropy", "margin", "-|feature|", "random")
 
 ISM_SCORES = ("|u|", "beta/alpha", "confidence drop", "introspective entropy")
 
-FORESIGHT_SCORES = ("P(wrong)", "belief", "foreseen loss", "altered")
-"""With loss prediction: the calibrated probability of an error, and the three things that the head itself says."""
+INTROSPECTION_SCORES = ("P(wrong)", "novelty", "belief", "foreseen loss")
+"""Of the introspection: the probability of an error, how strange the image is, and what the heads themselves say."""
 
 
 @torch.no_grad()
@@ -30,8 +30,8 @@ def classifier_scores(
         generator: a CPU generator, for ``random``.
 
     Returns:
-        (B,) float32 on the CPU for each of ``FREE_SCORES`` and, unless ISM is off, of ``ISM_SCORES`` and, with loss
-        prediction, of ``FORESIGHT_SCORES``:
+        (B,) float32 on the CPU for each of ``FREE_SCORES`` and, unless ISM is off, of ``ISM_SCORES`` and, with an
+        introspection, of ``INTROSPECTION_SCORES``:
 
         - ``1 - max softmax``, ``entropy`` (nats), ``margin`` (less the gap between the two likeliest classes): of the
           plain logits.
@@ -40,10 +40,9 @@ def classifier_scores(
         - ``beta/alpha``: the ISM exponent (over tau) at the predicted class.
         - ``confidence drop``: probability of the predicted class, plain less introspective.
         - ``introspective entropy``: of the ISM-weighted logits, in nats.
-        - ``P(wrong)``: ``uncertainty_score``.
-        - ``belief``: what the head gives to other classes than the predicted one, as log-odds.
-        - ``foreseen loss``: what the head expects, in nats.
-        - ``altered``: log-odds that the image is not as clean training images are.
+        - ``P(wrong)``: see ``Scores.p_wrong``; ``novelty``: ``Scores.strangeness``, which ranks alike and has no ties.
+        - ``belief``: what the heads give to other classes than the predicted one, as log-odds.
+        - ``foreseen loss``: what the heads expect, in nats.
     """
     plain = output.logits.float().softmax(1)
     largest = plain.topk(2, dim=1)
@@ -55,7 +54,7 @@ def classifier_scores(
         "-|feature|": -output.semantic.float().norm(dim=1),
         "random": torch.rand(len(plain), generator=generator),
     }
-    if model.ism != "off":
+    if model.ism != "off" and isinstance(model, IntrospectiveClassifier):
         classifier = model.classifier
         in_vector = model.ism == "released"
         alpha = class_sq_distances(
@@ -68,9 +67,8 @@ def classifier_scores(
         scores["beta/alpha"] = exponent[:, 0]
         scores["confidence drop"] = (plain - introspective).gather(1, predicted)[:, 0]
         scores["introspective entropy"] = torch.special.entr(introspective).sum(1)
-    if output.foresight is not None and output.evidence is not None:
-        scores["P(wrong)"] = uncertainty_score(output)
-        scores["belief"] = output.evidence[:, EVIDENCE.index("belief")]
-        scores["foreseen loss"] = output.foresight.foreseen_loss
-        scores["altered"] = output.foresight.altered
+    if output.scores is not None:
+        scores["P(wrong)"], scores["novelty"] = output.scores.p_wrong, output.scores.strangeness
+        scores["belief"] = odds(1 - output.scores.belief.softmax(1).gather(1, predicted)[:, 0])
+        scores["foreseen loss"] = output.scores.foreseen_loss
     return {name: score.float().cpu() for name, score in scores.items()}

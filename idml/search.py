@@ -21,8 +21,8 @@ from idml.data.image_files import decoding_error, printable
 from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import EmbeddingTable
 from idml.errors import UserError
-from idml.foresight import search_evidence
 from idml.index import EmbeddingIndex
+from idml.introspection.calibration import search_evidence
 from idml.metrics.neighbours import CHUNK_BYTES
 from idml.paths import nearest_path
 from idml.similarity import introspective_exponent
@@ -185,7 +185,7 @@ def find(
         wide: see ``EmbeddingIndex.search``.
     """
     available = len(table) - int((queries.positions >= 0).any())
-    calibrated = isinstance(model.network, IntrospectiveEmbedder) and "belief" in table.numbers
+    calibrated = model.task == "retrieval" and model.introspection is not None and "belief" in table.numbers
     count = max(k, 2 if calibrated else 1) if introspective is None else max(RERANKED, RERANKED_PER_K * k)
     found = index.search(embedded.semantic, min(count, available), left_out=queries.positions, **wide)
     other_class = None
@@ -272,9 +272,8 @@ def _other_class(
     embedded: Embeddings, table: EmbeddingTable, model: TrainedModel, nearest: np.ndarray, similarities: np.ndarray
 ) -> np.ndarray:
     """(Q,) probability that the nearest image is of another class, from both images and how near it is."""
-    network = model.network
-    assert isinstance(network, IntrospectiveEmbedder) and embedded.belief is not None
-    assert embedded.foreseen_loss is not None
+    assert model.introspection is not None and model.introspection.search_calibration is not None
+    assert embedded.belief is not None and embedded.foreseen_loss is not None
     evidence = search_evidence(
         torch.from_numpy(embedded.belief),
         torch.from_numpy(embedded.foreseen_loss),
@@ -282,4 +281,4 @@ def _other_class(
         _rows(table, "foreseen_loss", nearest),
         torch.from_numpy(similarities),
     )
-    return network.search_calibration(evidence.to(model.device)).cpu().numpy()
+    return model.introspection.search_calibration(evidence.to(model.device)).cpu().numpy()

@@ -16,11 +16,12 @@ from idml.data.image_dataset import Preprocessing
 from idml.data.names import composed
 from idml.embedder import IntrospectiveEmbedder, Pool
 from idml.errors import UserError
-from idml.models import IntrospectiveClassifier, IsmVariant, UncertaintyLoss
-from idml.resume import with_uncertainty_loss
+from idml.foreign import ForeignClassifier, build_foreign
+from idml.introspection.introspection import Introspection, IntrospectionSpec, Task
+from idml.models import IntrospectiveClassifier, IsmVariant
 from idml.similarity import TEMPERATURE
 
-Task = Literal["classification", "retrieval"]
+Origin = Literal["idml", "timm", "torchvision", "module"]
 
 SMALL_DATASETS = (
     "fashion-mnist-mini",
@@ -44,9 +45,12 @@ class ModelSpec:
         model: name of the backbone; model_kwargs: further arguments of it.
         classes: of the training images. In classification, position is label.
         preprocessing: see there.
-        ism, temperature, uncertainty_dim, uncertainty_loss: see ``IntrospectiveClassifier``.
+        ism, temperature, uncertainty_dim: see ``IntrospectiveClassifier``.
         embedding_size, pool, l2_norm: of retrieval, see ``IntrospectiveEmbedder``.
         method, dataset: what it was trained by and on, for people to read.
+        origin: whose network it is: ``idml``, or ``timm``, ``torchvision`` or ``module``, where ``model`` is its name
+            there (of a module package.module:function, which makes it from ``model_kwargs``).
+        introspection: ``IntrospectionSpec`` as plain values; None where there is none.
     """
 
     task: Task
@@ -57,19 +61,35 @@ class ModelSpec:
     ism: IsmVariant
     temperature: float = TEMPERATURE
     uncertainty_dim: int
-    uncertainty_loss: UncertaintyLoss = "none"
     embedding_size: int | None = None
     pool: Pool = "avg+max"
     l2_norm: bool = True
     method: str = ""
     dataset: str = ""
+    origin: Origin = "idml"
+    introspection: dict[str, Any] | None = None
 
-    def build(self) -> IntrospectiveClassifier | IntrospectiveEmbedder:
+    def build_introspection(self) -> Introspection | None:
+        """The introspection, before its state is loaded; None where there is none.
+
+        Raises:
+            UserError: it cannot be made from these values.
+        """
+        if self.introspection is None:
+            return None
+        try:
+            return Introspection(IntrospectionSpec.from_json(self.introspection))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the introspection cannot be made from what is stored of it: {error!r}") from None
+
+    def build(self) -> IntrospectiveClassifier | IntrospectiveEmbedder | ForeignClassifier:
         """The network with random weights, in training mode.
 
         Raises:
             UserError: it cannot be made from these values.
         """
+        if self.origin != "idml":
+            return ForeignClassifier(build_foreign(self.origin, self.model, len(self.classes), self.model_kwargs))
         backbone = create_backbone(self.model, image_size=self.preprocessing.image_size, arguments=self.model_kwargs)
         try:
             if self.task == "classification":
@@ -79,7 +99,6 @@ class ModelSpec:
                     uncertainty_dim=self.uncertainty_dim,
                     ism=self.ism,
                     temperature=self.temperature,
-                    uncertainty_loss=self.uncertainty_loss,
                 )
             return IntrospectiveEmbedder(
                 backbone,
@@ -88,8 +107,6 @@ class ModelSpec:
                 self.pool,
                 self.ism,
                 l2_norm=self.l2_norm,
-                uncertainty_loss=self.uncertainty_loss,
-                num_classes=len(self.classes),
             )
         except ValueError as error:
             raise UserError(f"the model cannot be made from what is stored of it: {error}") from None
@@ -128,11 +145,11 @@ class ModelSpec:
         Raises:
             UserError: its config lacks something.
         """
-        config = with_uncertainty_loss(checkpoint["config"])
+        config = checkpoint["config"]
         retrieval = "embedding_size" in config
         fit = {"fit": "whole" if config.get("dataset") in SMALL_DATASETS else "crop"}
         method = config.get("method") or f"{config.get('loss')} + ISM {config.get('ism')}"
-        taken = ["model", "ism", "uncertainty_loss", "dataset", *(("embedding_size", "pool") if retrieval else ())]
+        taken = ["model", "ism", "dataset", *(("embedding_size", "pool") if retrieval else ())]
         values: dict[str, Any] = {name: config[name] for name in taken if name in config}
         values |= {
             "task": "retrieval" if retrieval else "classification",
@@ -142,6 +159,7 @@ class ModelSpec:
             "temperature": config.get("temperature", TEMPERATURE),
             "uncertainty_dim": config.get("uncertainty_dim") or config.get("embedding_size"),
             "method": method,
+            "introspection": (checkpoint.get("introspection") or {}).get("spec"),
         }
         if retrieval:
             values["l2_norm"] = bool(config.get("l2_norm", True))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from idml.backbones import timm_arguments
 from idml.checkpoint import load_tensors
 from idml.errors import UserError
+from idml.foreign import ForeignClassifier
 from idml.models import IntrospectiveClassifier
 from idml.trained import HEADS, WEIGHTS, TrainedModel
 
@@ -36,6 +37,11 @@ def build_timm(model: TrainedModel) -> tuple[nn.Module, tuple[str, ...]]:
     count = len(spec.classes) if spec.task == "classification" else 0
     name, arguments = timm_arguments(spec.model, spec.preprocessing.image_size, spec.model_kwargs)
     made = timm.create_model(name.split(".")[0], num_classes=count, **arguments)
+    if spec.origin not in ("idml", "timm"):
+        raise UserError(f"{spec.model} is a {spec.origin} model, not timm's: take --format safetensors")
+    if isinstance(model.network, ForeignClassifier):
+        made.load_state_dict(model.network.module.state_dict())
+        return made.eval(), ()
     weights = dict(model.network.backbone.state_dict())
     recorded = (getattr(made, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = () if count == 0 else (recorded,) if isinstance(recorded, str) else tuple(recorded)
@@ -76,9 +82,8 @@ def write_timm_folder(model: TrainedModel, folder: Path, about: Mapping[str, Any
         save_for_hf(made, str(folder), model_config=config, safe_serialization=True, data_config=data)
     except (KeyError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"timm cannot describe {model.spec.model} ({error!r}): take --format safetensors") from None
-    inside = ("backbone.", "classifier.") if classifiers else ("backbone.",)
-    rest = {name: value for name, value in model.network.state_dict().items() if not name.startswith(inside)}
-    save_file({name: value.contiguous() for name, value in rest.items()}, folder / HEADS)
+    inside = ("module.",) if model.spec.origin == "timm" else ("backbone.", *(["classifier."] if classifiers else []))
+    save_file({name: value for name, value in model.state().items() if not name.startswith(inside)}, folder / HEADS)
 
 
 def read_timm_folder(folder: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -93,6 +98,8 @@ def read_timm_folder(folder: Path, described: Mapping[str, Any]) -> dict[str, Te
     """
     weights, state = load_tensors(folder / WEIGHTS), load_tensors(folder / HEADS)
     classifiers = tuple(f"{name}." for name in described.get("timm_classifiers") or ())
+    if described.get("origin") == "timm":
+        return state | {f"module.{name}": value for name, value in weights.items()}
     for name, value in weights.items():
         if not name.startswith(classifiers):
             state[f"backbone.{name}"] = value

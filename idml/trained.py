@@ -1,6 +1,6 @@
 """Using a model that was trained: ``idml.load``, and from images to embeddings, classes and uncertainty.
 
-Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions, K dimensions of a belief, S pixels.
+Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions, K numbers of a belief, S pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from idml.data.pixels import as_rgb
 from idml.data.torch_loader import TorchLoader, as_evaluated
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import UserError
-from idml.models import ClassifierOutput, IntrospectiveClassifier, alteration_score, uncertainty_score
+from idml.foreign import ForeignClassifier
+from idml.introspection.introspected import Introspected
+from idml.introspection.introspection import Introspection
+from idml.introspection.refusal import class_sets
+from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
 from idml.paths import nearest_path, user_path
 from idml.runtime import choose_device
 from idml.spec import ModelSpec, Task, fingerprint, load_state
@@ -37,25 +41,30 @@ CONFIG, WEIGHTS, HEADS = "config.json", "model.safetensors", "idml.safetensors"
 """Files of an exported model; the last only where the weights are in timm's layout."""
 
 
+INTROSPECTION = "introspection."
+"""What the names of an introspection begin with in an exported model."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Embeddings:
     """What a model says of N images; arrays on the CPU.
 
     Attributes:
         semantic: (N, D) float32; of unit length where the model was trained so.
-        uncertainty: (N,) float32, higher for a more ambiguous image; ``TrainedModel.score_name`` says what it means.
+        uncertainty: (N,) float32, higher for a less certain image; ``TrainedModel.score_name`` says what it means.
         uncertainty_embedding: (N, E) float32; zeros where ISM is off.
-        foreseen_loss: (N,) float32, nats, and belief: (N, K) float32, of the uncertainty head; None without loss
-            prediction, and belief for a classifier.
-        alteration: (N,) float32 in [0, 1], ``alteration_score``; None without loss prediction.
+        novelty: (N,) float32 in [0, 1], share of held-out known images that are less strange; foreseen_loss: (N,)
+            float32, nats; coordinates: (N, Q) float32, where the image lies among known ones; belief: (N, K) float32,
+            of a retrieval model. All None without an introspection.
         probabilities: (N, C) float32, of a classifier; None of a retrieval model.
     """
 
     semantic: np.ndarray
     uncertainty: np.ndarray
     uncertainty_embedding: np.ndarray
+    novelty: np.ndarray | None = None
     foreseen_loss: np.ndarray | None = None
-    alteration: np.ndarray | None = None
+    coordinates: np.ndarray | None = None
     belief: np.ndarray | None = None
     probabilities: np.ndarray | None = None
 
@@ -82,6 +91,9 @@ class Predictions:
         confidence: (N,) float32, the probability of the top class by the plain logits.
         probabilities: (N, C) float32.
         uncertainty: (N,) float32; see ``TrainedModel.score_name``.
+        p_wrong, novelty: (N,) float32 in [0, 1]; None without an introspection.
+        answered: (N,) bool, whether the answer is given under the ``max_risk`` asked for; None where none was.
+        sets: (N, C) bool, the classes that are named under the ``coverage`` asked for; None where none was.
     """
 
     labels: np.ndarray
@@ -89,6 +101,10 @@ class Predictions:
     confidence: np.ndarray
     probabilities: np.ndarray
     uncertainty: np.ndarray
+    p_wrong: np.ndarray | None = None
+    novelty: np.ndarray | None = None
+    answered: np.ndarray | None = None
+    sets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,6 +115,7 @@ class TrainedModel:
 
     Attributes:
         network: classifier or embedder.
+        introspection: what it says of itself; None where it has not been fitted.
         spec: architecture, classes, preprocessing.
         device: where it computes.
         source: the file that it was read from.
@@ -107,15 +124,25 @@ class TrainedModel:
 
     def __init__(
         self,
-        network: IntrospectiveClassifier | IntrospectiveEmbedder,
+        network: IntrospectiveClassifier | IntrospectiveEmbedder | ForeignClassifier,
         spec: ModelSpec,
         *,
         device: torch.device,
         source: Path,
+        introspection: Introspection | None = None,
     ) -> None:
-        self.fingerprint = fingerprint(network)
         self.network = network.to(device).eval().requires_grad_(False)
+        self.introspection = None if introspection is None else introspection.to(device).eval()
+        self.whole = network if introspection is None else Introspected(network, introspection).eval()
+        self.fingerprint = fingerprint(self.whole)
         self.spec, self.device, self.source = spec, device, source
+
+    def state(self) -> dict[str, Tensor]:
+        """All weights, those of the introspection with ``INTROSPECTION`` before their names; contiguous."""
+        found = dict(self.network.state_dict())
+        if self.introspection is not None:
+            found |= {INTROSPECTION + name: value for name, value in self.introspection.state_dict().items()}
+        return {name: value.contiguous() for name, value in found.items()}
 
     @property
     def task(self) -> Task:
@@ -131,7 +158,7 @@ class TrainedModel:
     def score_name(self) -> str:
         """What ``uncertainty`` is: ``P(wrong)`` in [0, 1]; ``|u|``, without unit; ``1 - max softmax`` of a plain
         classifier; ``none`` of a plain retrieval model, where it is NaN."""
-        if self.spec.uncertainty_loss != "none":
+        if self.introspection is not None:
             return "P(wrong)"
         if self.spec.ism != "off":
             return "|u|"
@@ -140,8 +167,7 @@ class TrainedModel:
     @property
     def calibrated_on(self) -> int:
         """Number of held-out images that ``P(wrong)`` was calibrated on; 0: it was not, or is another score."""
-        calibration = getattr(self.network, "calibration", None)
-        return 0 if calibration is None else int(calibration.fitted_on)
+        return 0 if self.introspection is None else int(self.introspection.calibration.fitted_on)
 
     def prepare(self, images: Images) -> Tensor:
         """(N, 3, S, S) uint8 on the CPU: the images as evaluation shows them to the model.
@@ -155,7 +181,7 @@ class TrainedModel:
     def outputs(self, images: Tensor) -> ClassifierOutput | EmbedderOutput:
         """What the network gives for (N, 3, S, S) uint8 images, as ``prepare`` makes them; on the model's device."""
         square = self.spec.preprocessing
-        return self.network(normalise(images.to(self.device, non_blocking=True), square.mean, square.std))
+        return self.whole(normalise(images.to(self.device, non_blocking=True), square.mean, square.std))
 
     def embeddings_of(self, output: ClassifierOutput | EmbedderOutput) -> Embeddings:
         """The same as arrays."""
@@ -164,18 +190,19 @@ class TrainedModel:
             "uncertainty_embedding": output.uncertainty,
             "uncertainty": uncertainty_score(output),
         }
-        if self.spec.uncertainty_loss != "none":
-            found["alteration"] = alteration_score(output)
         if isinstance(output, ClassifierOutput):
             probabilities = output.logits.float().softmax(1)
             found["probabilities"] = probabilities
-            found["foreseen_loss"] = None if output.foresight is None else output.foresight.foreseen_loss
             if self.spec.ism == "off":
                 found["uncertainty"] = 1 - probabilities.amax(1)
-        else:
-            found["foreseen_loss"], found["belief"] = output.foreseen_loss, output.belief
-            if self.spec.ism == "off":
-                found["uncertainty"] = torch.full_like(output.norm, torch.nan)
+        elif self.spec.ism == "off":
+            found["uncertainty"] = torch.full_like(output.norm, torch.nan)
+        if output.scores is not None:
+            found["uncertainty"], found["novelty"] = output.scores.p_wrong, output.scores.novelty
+            found["foreseen_loss"] = output.scores.foreseen_loss
+            found["coordinates"] = output.scores.coordinates
+            if not isinstance(output, ClassifierOutput):
+                found["belief"] = output.scores.belief
         arrays: dict[str, Any] = {
             name: None if value is None else value.float().cpu().numpy() for name, value in found.items()
         }
@@ -194,32 +221,83 @@ class TrainedModel:
         prepared = self.prepare(images)
         return Embeddings.joined([self.embeddings_of(self.outputs(part)) for part in prepared.split(batch_size)])
 
-    def predict(self, images: Images, *, batch_size: int = 64) -> Predictions:
+    def predict(
+        self,
+        images: Images,
+        *,
+        batch_size: int = 64,
+        max_risk: float | None = None,
+        confidence: float = 0.95,
+        coverage: float | None = None,
+    ) -> Predictions:
         """Classes and uncertainty of images.
 
         Args:
             images, batch_size: as in ``embed``.
+            max_risk: give an answer only where, with ``confidence``, at most this share of answers is wrong.
+            coverage: name as many classes as it takes for the true one to be among them in this share of images.
 
         Raises:
-            UserError: as ``prepare``; or this is a retrieval model, which has no classes.
+            UserError: as ``prepare``; or this is a retrieval model, which has no classes; or the promise cannot be
+                given by what was held out.
         """
         if self.task != "classification":
             raise UserError(
                 f"{self.source} is a retrieval model: it has no classes to predict. Use embed(), and compare embeddings"
             )
-        return self.predictions_of(self.embed(images, batch_size=batch_size))
+        thresholds = self.thresholds(max_risk, confidence, coverage)
+        return self.predictions_of(self.embed(images, batch_size=batch_size), *thresholds)
 
-    def predictions_of(self, embeddings: Embeddings) -> Predictions:
-        """The classes in a classifier's embeddings."""
+    def thresholds(
+        self, max_risk: float | None, confidence: float, coverage: float | None
+    ) -> tuple[float | None, float | None]:
+        """(threshold of P(wrong), least probability of a named class) for what is promised; None where nothing is.
+
+        Raises:
+            UserError: there is no introspection, nothing was held out for it, or the promise cannot be given.
+        """
+        if max_risk is None and coverage is None:
+            return None, None
+        if self.introspection is None or not self.introspection.spec.calibrated:
+            why = "it has no introspection" if self.introspection is None else self.introspection.spec.note
+            raise UserError(
+                f"{self.source} can promise nothing: {why}. See python -m idml introspect, with held-out images"
+            )
+        held_out = self.introspection.spec.held_out
+        try:
+            promise = None if max_risk is None else self.introspection.promise(max_risk, confidence)
+            least = None if coverage is None else self.introspection.set_threshold(coverage)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if max_risk is not None and promise is None:
+            raise UserError(
+                f"a risk of {max_risk:g} cannot be promised with confidence {confidence:g} by {held_out} held-out "
+                "images: allow a higher risk, or hold out more"
+            )
+        if coverage is not None and least is None:
+            raise UserError(
+                f"a coverage of {coverage:g} cannot be promised by {held_out} held-out images: ask for less"
+            )
+        return None if promise is None else promise.threshold, least
+
+    def predictions_of(
+        self, embeddings: Embeddings, threshold: float | None = None, least: float | None = None
+    ) -> Predictions:
+        """The classes in a classifier's embeddings; ``threshold`` and ``least`` as ``thresholds`` gives them."""
         probabilities = embeddings.probabilities
         assert probabilities is not None
         labels = probabilities.argmax(1)
+        judged = self.introspection is not None
         return Predictions(
             labels=labels,
             classes=tuple(self.classes[label] for label in labels),
             confidence=probabilities.max(1),
             probabilities=probabilities,
             uncertainty=embeddings.uncertainty,
+            p_wrong=embeddings.uncertainty if judged else None,
+            novelty=embeddings.novelty,
+            answered=None if threshold is None else embeddings.uncertainty <= threshold,
+            sets=None if least is None else class_sets(torch.from_numpy(probabilities), least).numpy(),
         )
 
     def loader(
@@ -279,9 +357,11 @@ def load(source: str | Path, *, device: str = "auto") -> TrainedModel:
     else:
         checkpoint = read_checkpoint(path)
     spec = ModelSpec.from_checkpoint(checkpoint, str(path))
-    network = spec.build()
+    network, introspection = spec.build(), spec.build_introspection()
     load_state(network, checkpoint["model"], str(path))
-    return TrainedModel(network, spec, device=choose_device(device), source=path)
+    if introspection is not None:
+        load_state(introspection, checkpoint["introspection"]["state"], f"the introspection of {path}")
+    return TrainedModel(network, spec, device=choose_device(device), source=path, introspection=introspection)
 
 
 def _load_exported(folder: Path, device: str) -> TrainedModel:
@@ -299,8 +379,13 @@ def _load_exported(folder: Path, device: str) -> TrainedModel:
         state = read_timm_folder(folder, described["idml"])
     else:
         state = load_tensors(folder / WEIGHTS)
-    load_state(network, state, str(folder / WEIGHTS))
-    return TrainedModel(network, spec, device=choose_device(device), source=folder)
+    introspection = spec.build_introspection()
+    own = {name: value for name, value in state.items() if not name.startswith(INTROSPECTION)}
+    load_state(network, own, str(folder / WEIGHTS))
+    if introspection is not None:
+        rest = {name.removeprefix(INTROSPECTION): value for name, value in state.items() if name not in own}
+        load_state(introspection, rest, f"the introspection in {folder}")
+    return TrainedModel(network, spec, device=choose_device(device), source=folder, introspection=introspection)
 
 
 def as_pil(images: Images) -> list[Image.Image]:

@@ -1,6 +1,6 @@
 """One pass of a model over the images, and what is kept of each: never a row of all class probabilities.
 
-Letters in shapes: N images, B of a batch, C classes, D semantic dimensions, K of a retrieval head's belief.
+Letters in shapes: N images, B of a batch, C classes, D semantic dimensions, K of a belief.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def thumbnails_of(images: Tensor) -> np.ndarray:
 def _of_classifier(output: ClassifierOutput, labels: Tensor) -> dict[str, Tensor]:
     """The columns of a classifier's batch."""
     probabilities = output.logits.float().softmax(1)
-    belief = None if output.foresight is None else output.foresight.belief.float().softmax(1)
+    belief = None if output.scores is None else output.scores.belief.float().softmax(1)
     confidence, predicted = probabilities.max(1)
     doubt, suggested = class_doubt(probabilities, belief, labels)
     of_label = probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]

@@ -26,7 +26,7 @@ def class_doubt(probabilities: Tensor, belief: Tensor | None, labels: Tensor) ->
 
     Args:
         probabilities: (B, C), by the plain logits.
-        belief: (B, C), what the uncertainty head answers by itself; None where there is no such head.
+        belief: (B, C), what the introspection's heads answer by themselves; None where there is none.
         labels: (B,) int64; -1 where there is none.
 
     Returns:

@@ -10,7 +10,7 @@ import torch
 from idml.data.collection import Collection
 from idml.embedder import IntrospectiveEmbedder
 from idml.errors import UserError
-from idml.foresight import search_evidence
+from idml.introspection.calibration import search_evidence
 from idml.metrics import nearest_neighbours
 from idml.trained import Embeddings, TrainedModel
 
@@ -43,10 +43,11 @@ class Pools:
 
     def __init__(self, model: TrainedModel, collection: Collection, embeddings: Embeddings) -> None:
         assert isinstance(model.network, IntrospectiveEmbedder)
-        self.network, self.embeddings = model.network, embeddings
+        self.introspection, self.embeddings = model.introspection, embeddings
+        self.device = model.device
         self.foresees = model.score_name == "P(wrong)"
         self.score_name = "1 - top similarity" if model.score_name == "none" else model.score_name
-        self.calibrated_on = int(self.network.search_calibration.fitted_on) if self.foresees else 0
+        self.calibrated_on = model.calibrated_on
         names = np.array(collection.splits)
         has_gallery = bool((names == "gallery").any())
         searched = {
@@ -104,5 +105,5 @@ class Pools:
             torch.from_numpy(known.foreseen_loss[nearest]),
             similarities,
         )
-        device = next(self.network.parameters()).device
-        return self.network.search_calibration(evidence.to(device)).cpu().numpy()
+        assert self.introspection is not None and self.introspection.search_calibration is not None
+        return self.introspection.search_calibration(evidence.to(self.device)).cpu().numpy()

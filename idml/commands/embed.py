@@ -17,10 +17,11 @@ from idml._version import __version__
 from idml.commands.options import ImageOptions, open_images, open_model, parse
 from idml.config import option
 from idml.data.collection import Collection
-from idml.embedder import BELIEF_DIM, IntrospectiveEmbedder
+from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import Columns, Format, pyarrow, write_table
 from idml.embedding_parts import Parts, parts_key
 from idml.errors import UserError
+from idml.introspection.introspection import BELIEF_DIM
 from idml.signals import StopSignals
 from idml.trained import Embeddings, TrainedModel
 
@@ -158,8 +159,8 @@ def columns_of(embeddings: Embeddings, model: TrainedModel) -> Columns:
         columns["uncertainty_embedding"] = embeddings.uncertainty_embedding
     if embeddings.foreseen_loss is not None:
         columns["foreseen_loss"] = embeddings.foreseen_loss
-    if embeddings.alteration is not None:
-        columns["alteration"] = embeddings.alteration
+    if embeddings.novelty is not None:
+        columns["novelty"], columns["coordinates"] = embeddings.novelty, embeddings.coordinates
     if embeddings.belief is not None:
         columns["belief"] = embeddings.belief
     if embeddings.probabilities is not None:
@@ -178,8 +179,10 @@ def describe(model: TrainedModel, collection: Collection) -> dict[str, Any]:
         dimensions["uncertainty"] = spec.uncertainty_dim
     if model.task == "classification":
         dimensions["top"] = min(TOP_CLASSES, len(spec.classes))
-    elif spec.uncertainty_loss != "none":
-        dimensions["belief"] = BELIEF_DIM
+    if model.introspection is not None:
+        dimensions["coordinates"] = model.introspection.novelty.projection.shape[1]
+        if model.task == "retrieval":
+            dimensions["belief"] = BELIEF_DIM
     return {
         "idml_version": __version__,
         "fingerprint": model.fingerprint,
@@ -193,7 +196,6 @@ def describe(model: TrainedModel, collection: Collection) -> dict[str, Any]:
         "calibrated_on": model.calibrated_on,
         "ism": spec.ism,
         "temperature": spec.temperature,
-        "uncertainty_loss": spec.uncertainty_loss,
         "l2_norm": spec.l2_norm if model.task == "retrieval" else False,
         "dimensions": dimensions,
         "preprocessing": dataclasses.asdict(spec.preprocessing),

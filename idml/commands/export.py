@@ -197,8 +197,7 @@ def write_torchscript(model: TrainedModel, place: Path, about: dict[str, Any], c
 def write_safetensors(model: TrainedModel, place: Path, about: dict[str, Any], config: ExportConfig) -> Runner:
     """Write a folder that ``idml.load`` reads; and read it."""
     place.mkdir()
-    weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
-    save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
+    save_file(model.state(), place / WEIGHTS, metadata={"format": "pt"})
     write_text(place / CONFIG, json.dumps(about, indent=2) + "\n")
     return _read_back(place, config)
 

@@ -64,10 +64,10 @@ def _named(arguments: Sequence[str]) -> list[str]:
 def describe_model(model: TrainedModel) -> dict[str, Any]:
     """What is known of a model, as plain values: of its run too, where it is a checkpoint and not exported.
 
-    Keys: ``source``, ``kind``, ``bytes``, ``fingerprint``, ``task``, ``method``, ``ism``, ``uncertainty_loss``,
-    ``model``, ``model_kwargs``, ``parameters`` (in all, and by part), ``embedding_size``, ``uncertainty_dim``,
-    ``classes``, ``preprocessing``, ``dataset``, ``score`` (name, and on how many images it was calibrated) and, of a
-    checkpoint, ``run``: see ``_describe_run``.
+    Keys: ``source``, ``kind``, ``bytes``, ``fingerprint``, ``task``, ``method``, ``ism``, ``model``, ``model_kwargs``,
+    ``parameters`` (in all, and by part), ``embedding_size``, ``uncertainty_dim``, ``classes``, ``preprocessing``,
+    ``dataset``, ``score`` (name, and on how many images it was calibrated), ``introspection`` (see
+    ``_describe_introspection``; None where there is none) and, of a checkpoint, ``run``: see ``_describe_run``.
     """
     spec, network = model.spec, model.network
     parts: dict[str, int] = {}
@@ -82,7 +82,6 @@ def describe_model(model: TrainedModel) -> dict[str, Any]:
         "task": spec.task,
         "method": spec.method,
         "ism": spec.ism,
-        "uncertainty_loss": spec.uncertainty_loss,
         "model": spec.model,
         "model_kwargs": spec.model_kwargs,
         "parameters": {"all": sum(parts.values())} | parts,
@@ -144,12 +143,11 @@ def as_text(about: Mapping[str, Any]) -> str:
         fitted += f" of {square['crop_share']:g}, {square['interpolation']}"
     parts = ", ".join(f"{name} {count:,}" for name, count in about["parameters"].items() if name != "all")
     more = ", ..." if len(classes) > SHOWN_CLASSES else ""
-    ism = about["ism"] + (f", {about['uncertainty_loss']}" if about["uncertainty_loss"] != "none" else "")
     lines = {
         "source": f"{about['source']} ({about['kind']}, {about['bytes'] / 1e6:.2f} MB)",
         "fingerprint": about["fingerprint"],
         "task": about["task"],
-        "method": f"{about['method']} (ISM {ism})",
+        "method": f"{about['method']} (ISM {about['ism']})",
         "backbone": " ".join([about["model"], *(f"{name}={value}" for name, value in about["model_kwargs"].items())]),
         "parameters": f"{about['parameters']['all']:,} ({parts})",
         "embedding": f"{about['embedding_size']} semantic, {about['uncertainty_dim'] or 'no'} uncertainty dimensions",

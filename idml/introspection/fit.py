@@ -260,7 +260,7 @@ def _calibrate(introspection: Introspection, held_out: Features, fold: Tensor, *
         each = classifier_evidence(logits, look.belief, look.foreseen_loss)  # (P, B, 3)
         own = part.clamp(min=0)  # one head only where nothing was dealt out
         evidence.append(each.gather(0, own[None, :, None].expand(1, -1, each.shape[2]))[0])
-        strange.append(novelty.strangeness(heads.standardised(vectors.float())))
+        strange.append(novelty.strangeness(novelty.coordinates(heads.standardised(vectors.float()))))
     proof, strangeness = torch.cat(evidence), torch.cat(strange)
     if cross and heads.folds > 1:
         strangeness = _cross_fitted(introspection, held_out, fold, seed)
@@ -285,5 +285,5 @@ def _cross_fitted(introspection: Introspection, features: Features, fold: Tensor
         own = fold == number
         other = type(introspection.novelty)(vectors.shape[1], len(introspection.novelty.means))
         other.fit(vectors[~own], features.labels[~own], torch.Generator().manual_seed(seed + number))
-        found[own] = other.strangeness(vectors[own].float())
+        found[own] = other.strangeness(other.coordinates(vectors[own].float()))
     return found

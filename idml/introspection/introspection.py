@@ -1,7 +1,6 @@
 """All that a network can say of itself, as one module that is stored with it.
 
-Letters in shapes: B images, C classes, F numbers of the depth vector, K numbers of a belief, P folds, N images that were
-held out.
+Letters in shapes: B images, C classes, F numbers of the depth vector, K numbers of a belief, P folds, N held out.
 """
 
 from __future__ import annotations
@@ -76,6 +75,7 @@ class Scores(NamedTuple):
         strangeness: (B,) squared distance to what the network knows.
         foreseen_loss: (B,) nats.
         belief: (B, C) what the heads answer by themselves, logits; (B, K) of unit length in retrieval.
+        coordinates: (B, Q) where the image lies among known ones; see ``Novelty``.
     """
 
     p_wrong: Tensor
@@ -83,6 +83,7 @@ class Scores(NamedTuple):
     strangeness: Tensor
     foreseen_loss: Tensor
     belief: Tensor
+    coordinates: Tensor
 
 
 class Introspection(nn.Module):
@@ -118,7 +119,8 @@ class Introspection(nn.Module):
             logits: (B, C) of a classifier; None of a retrieval model.
         """
         look = self.heads(vector)
-        strangeness = self.novelty.strangeness(self.heads.standardised(vector))
+        coordinates = self.novelty.coordinates(self.heads.standardised(vector))
+        strangeness = self.novelty.strangeness(coordinates)
         if logits is not None:
             evidence = classifier_evidence(logits.float(), look.belief, look.foreseen_loss).mean(0)
             belief = look.belief.log_softmax(-1).mean(0)
@@ -126,7 +128,7 @@ class Introspection(nn.Module):
             evidence = log_loss_evidence(look.foreseen_loss).mean(0)[:, None]
             belief = functional.normalize(look.belief.mean(0), dim=1)
         p_wrong, novelty = self.calibration(evidence), self.novelty.novelty(strangeness)
-        return Scores(p_wrong, novelty, strangeness, look.foreseen_loss.mean(0), belief)
+        return Scores(p_wrong, novelty, strangeness, look.foreseen_loss.mean(0), belief, coordinates)
 
     def promise(self, max_risk: float, confidence: float = 0.95) -> Promise | None:
         """The threshold of P(wrong) under which at most ``max_risk`` of the answers are wrong; None: not to be had.

@@ -53,9 +53,8 @@ class Novelty(nn.Module):
         """(B, F) standardised -> (B, Q)."""
         return (vectors - self.centre) @ self.projection
 
-    def strangeness(self, vectors: Tensor) -> Tensor:
-        """(B, F) standardised -> (B,) squared distance to the nearest class mean, float32, >= 0."""
-        found = self.coordinates(vectors)
+    def strangeness(self, found: Tensor) -> Tensor:
+        """(B, Q) coordinates -> (B,) squared distance to the nearest class mean, float32, >= 0."""
         squares = found.square().sum(1, keepdim=True) + self.means.square().sum(1) - 2 * found @ self.means.T
         return squares.amin(1).clamp_min(0)
 

@@ -121,7 +121,7 @@ def class_sets(probabilities: Tensor, threshold: float) -> Tensor:
 
 
 def as_arrays(p_wrong: Tensor, wrong: Tensor, true_probability: Tensor) -> dict[str, Tensor]:
-    """What is stored of held-out images, so that any promise can be asked for later: each (N,), in order of P(wrong)."""
+    """What is stored of held-out images, so that promises can be asked for later: each (N,), in order of P(wrong)."""
     order = torch.argsort(p_wrong, stable=True)
     return {
         "p_wrong": p_wrong[order].float(),
