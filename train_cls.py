@@ -333,10 +333,11 @@ def step(
     figures = {f"|{name}|": value.detach().float().norm(dim=1).mean() for name, value in columns.items()}
     if output.foresight is not None:
         figures["loss of the uncertainty head"] = head_loss.detach()
-    if config.ism == "live":
-        state.model.follow(distributed.all_reduce_sum(exponent))
-    if guard.update(total, figures) and state.ema is not None:
-        state.ema.update(state.model, step=state.step)
+    if guard.update(total, figures):
+        if config.ism == "live":
+            state.model.follow(distributed.all_reduce_sum(exponent))
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.step)
 
 
 def uncertainty_loss(
