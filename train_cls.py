@@ -193,6 +193,7 @@ def train(
     saver.start(stored)
     pick_by = "val_top1" if loaders.val else "top1"
     test: Evaluation | None = None
+    about: dict[str, Any] | None = None
     while state.step < total_steps or state.epoch_losses:
         with signals.deferred():
             speed = train_epoch(config, data, loaders.train, saver, total_steps)
@@ -213,7 +214,7 @@ def train(
         saver.stop_if_asked()
 
     if config.introspect:
-        model = introspect(config, data, state, saver)
+        model, about = introspect(config, data, state)
         metrics, test = evaluate_model(config, data, loaders, model)
         saver.end_introspection(metrics, model.introspection)
         say(introspection_line(metrics, model.introspection.spec))
@@ -221,7 +222,8 @@ def train(
     elif test is None:  # the run had been stopped between its last epoch and its end
         _, test = evaluate_model(config, data, loaders, state.evaluated_model)
     draw_extremes(run, test.predictions, loaders.test, data.train.classes, state.epoch)
-    results = run.finish(pick_by=pick_by, picked_on="validation split" if loaders.val else "test set")
+    picked_on = "validation split" if loaders.val else "test set"
+    results = run.finish(pick_by=pick_by, picked_on=picked_on, introspection=about)
     if config.expname is not None:  # the closing lines of the CutMix authors' script, which programs read
         for word, figures in (("Best", results["best"]), ("Last", results["final"])):
             errors = [100 * (1 - figures[key]) for key in ("top1", "top5") if key in figures]
@@ -229,8 +231,8 @@ def train(
     return results
 
 
-def introspect(config: ClsConfig, data: DataSplits, state: TrainingState, saver: Saver) -> Introspected:
-    """The trained network with what it can say of itself, fitted to features of training and held-out images."""
+def introspect(config: ClsConfig, data: DataSplits, state: TrainingState) -> tuple[Introspected, dict[str, Any]]:
+    """The trained network with what it can say of itself, fitted to training and held-out images; and about the fit."""
     if data.val is None:
         say("warning: no images were held out (--val-fraction), so P(wrong) will not be calibrated")
     fitted = introspect_network(
@@ -245,7 +247,7 @@ def introspect(config: ClsConfig, data: DataSplits, state: TrainingState, saver:
         workers=config.workers,
         seed=config.seed,
     )
-    return Introspected(state.evaluated_model, fitted.introspection)
+    return Introspected(state.evaluated_model, fitted.introspection), fitted.about
 
 
 def evaluate_model(

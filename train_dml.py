@@ -234,6 +234,7 @@ def train(
     saver.start(stored)
     pick_by = "val_R@1" if loaders.val else "R@1"
     found: Found | None = None
+    about: dict[str, Any] | None = None
     while state.step < total_steps or state.epoch_losses:
         if state.network is model or state.epoch == config.warm:
             for parameter in backbone:
@@ -262,7 +263,7 @@ def train(
         saver.stop_if_asked()
 
     if config.introspect:
-        introspected = introspect(config, data, model)
+        introspected, about = introspect(config, data, model)
         tested, found = evaluate_model(config, data, introspected, loaders, last=True)
         saver.end_introspection(found.metrics, introspected.introspection)
         say(introspection_line(found.metrics, introspected.introspection.spec))
@@ -272,7 +273,8 @@ def train(
     draw_projection(run, tested, data, state.epoch, ism_on=config.ism != "off")
     log_projector(run, tested, loaders, data, state.epoch)
     picked_on = "held-out training classes" if loaders.val else "test set"
-    return run.finish(pick_by=pick_by, picked_on=picked_on, loss=config.loss, ism=config.ism, mix=config.mix)
+    method = {"loss": config.loss, "ism": config.ism, "mix": config.mix}
+    return run.finish(pick_by=pick_by, picked_on=picked_on, introspection=about, **method)
 
 
 def evaluate_held_out(
@@ -285,8 +287,10 @@ def evaluate_held_out(
     return held_out_metrics(held_out, config, next(model.parameters()).device)
 
 
-def introspect(config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder) -> Introspected:
-    """The trained network with what it can say of itself, fitted to features of training and held-out classes."""
+def introspect(
+    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder
+) -> tuple[Introspected, dict[str, Any]]:
+    """The trained network with what it can say of itself, fitted to training and held-out classes; about the fit."""
     if data.val is None:
         say("warning: no classes were held out (--val-fraction), so P(wrong) will not be calibrated")
     fitted = introspect_network(
@@ -301,7 +305,7 @@ def introspect(config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbed
         workers=config.workers,
         seed=config.seed,
     )
-    return Introspected(model, fitted.introspection)
+    return Introspected(model, fitted.introspection), fitted.about
 
 
 def evaluate_model(

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fashion import subset_of_fashion_mnist
 from paired import write_between
 from studies import RESULTS, ROOT, Figures, Run, Study, arguments_of, replaced, table
 from torch import Tensor
 from torch.nn import functional
-from uncertainty import subset_of_fashion_mnist
 
 from idml import models
 from idml.errors import run_main

@@ -5,6 +5,7 @@ Letters in shapes: B images, S pixels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def introspect_network(
     Raises:
         UserError: the network has no layer to look at; or in retrieval, no training images were given.
     """
-    device = next(network.parameters()).device
+    device, started = next(network.parameters()).device, time.perf_counter()
     given = [part for part in (train, held_out) if part is not None and len(part)]
     if not given:
         raise UserError("there are no images to introspect with")
@@ -93,9 +94,9 @@ def introspect_network(
             left = max(left - 2 * numbers * len(kept), 0)
     fitted = _fit(layers, task, classes, read["train"], read["held_out"], seed)
     distributed.copy_from_main([*fitted.introspection.parameters(), *fitted.introspection.buffers()])
-    counts = {f"{name}_images_read": len(part) for name, part in read.items() if part is not None}
+    about = fitted.about | {f"{name}_images_read": len(part) for name, part in read.items() if part is not None}
     fitted.introspection.to(device)
-    return Fitted(fitted.introspection, fitted.about | counts)
+    return Fitted(fitted.introspection, about | {"seconds": round(time.perf_counter() - started, 2)})
 
 
 def _fit(

@@ -110,9 +110,7 @@ def log_uncertainty(run: Run, test: Evaluation, ism: str, epoch: int) -> None:
         run.log_picture("reliability", "reliability of P(wrong) on the test images", picture, epoch)
 
 
-def draw_extremes(
-    run: Run, predictions: Predictions, loader: Loader, classes: Sequence[str], epoch: int
-) -> None:
+def draw_extremes(run: Run, predictions: Predictions, loader: Loader, classes: Sequence[str], epoch: int) -> None:
     """The eight most and eight least uncertain test images, as ``pictures/uncertain.png`` and in TensorBoard."""
     name, scores = _ranking(predictions)
     order = scores.argsort(descending=True, stable=True).tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import paired
 import reproduce_paper
-import reproduce_small
 
 DOCUMENT = "Before.\n\n{}\nBetween.\n\n{}\nAfter.\n"
 
@@ -86,11 +84,11 @@ def test_rows_that_were_run_show_the_difference() -> None:
     assert "| idml_ms | R@1 69.0 | not run here: data set not available | - |" in text
 
 
-def test_the_paper_suite_without_data(tmp_path: Path) -> None:
+def test_without_data_every_row_says_so(tmp_path: Path) -> None:
     docs = tmp_path / "results.md"
     document(docs, "paper", "retrieval")
     done = run(
-        *("--suite", "paper", "--data-dir", str(tmp_path / "none"), "--runs", str(tmp_path / "runs")),
+        *("--data-dir", str(tmp_path / "none"), "--runs", str(tmp_path / "runs")),
         *("--docs", str(docs), "--out", str(tmp_path / "figures.json")),
     )
     assert done.returncode == 0, done.stderr
@@ -103,39 +101,13 @@ def test_the_paper_suite_without_data(tmp_path: Path) -> None:
     assert {"hardware", "versions", "commit", "command"} < set(stored)
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_runs(tmp_path: Path) -> None:
     for arguments, message in (
-        (["--suite", "paper", "--rows", "cub/idml_mss"], "no published row cub/idml_mss; did you mean cub/idml_ms"),
-        (["--suite", "small", "--emoji", str(tmp_path / "no.npz")], "--emoji: there is no file"),
-        (["--suite", "small", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
-        (["--suite", "small", "--docs", str(tmp_path / "no.md")], "--docs: there is no file"),
+        (["--rows", "cub/idml_mss"], "no published row cub/idml_mss; did you mean cub/idml_ms"),
+        (["--processes", "0"], "--processes: expected at least 1, got 0"),
+        (["--docs", str(tmp_path / "no.md")], "--docs: there is no file"),
     ):
         done = run(*arguments)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_small_suite_pairs_runs_and_uses_them_again(tmp_path: Path) -> None:
-    quick = ["--suite", "small", "--quick", "--processes", "1", "--runs", str(tmp_path / "runs")]
-    quick += ["--out", str(tmp_path / "figures.json"), "--losses", "MS", "--methods", "baseline", "ism"]
-    done = run(*quick)
-    assert done.returncode == 0, done.stderr
-    stored = json.loads((tmp_path / "figures-quick.json").read_text(encoding="utf-8"))
-    assert set(stored["retrieval"]["rows"]) == {"MS", "MS released", "MS live"}
-    top1 = {name: runs["1"]["final"]["top1"] for name, runs in stored["classification"]["rows"].items()}
-    less = 100 * (top1["ism"] - top1["baseline"])
-    assert re.search(
-        rf"\| ism \| 1 \| {100 * top1['ism']:.1f} .*\| {re.escape(f'{less:+.1f}')} \| 1 \| - \|", done.stdout
-    )
-    again = run(*quick)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.split("stored in")[0].count(" s\n") == 0, "nothing was trained again"
-    stored = json.loads((tmp_path / "figures-quick.json").read_text(encoding="utf-8"))
-    assert stored["retrieval"]["rows"]["MS live"]["1"]["reused"]
-
-    options = ["--dataset", "fashion-mnist-mini", "--model", "resnet8_cifar", "--val-fraction", "0.1"]
-    options += ["--method", "baseline", "--max-steps", "5"]
-    with pytest.raises(UserError, match="max_steps 4, wanted 5"):
-        reproduce_small.check_stored(tmp_path / "runs/baseline-s1", "train_cls.py", options)
