@@ -74,8 +74,11 @@ def run_main(main: Callable[[], None]) -> None:
         died = [str(reason) for reason in (error, *reasons(error)) if str(reason).startswith("DataLoader worker")]
         if not died:
             raise
-        advice = "killed processes are mostly short of memory: give fewer --workers, then go on with --resume"
-        _say(f"a process that reads images has died: {died[0]} ({advice})")
+        known = next((reason for reason in died if "signal" in reason), died[0])
+        advice = "they are mostly short of memory, shared or other: give fewer --workers, then go on with --resume"
+        if "Bus error" in known:
+            advice = "shared memory was full: docker run --shm-size 1g gives more, --workers 0 needs none"
+        _say(f"a process that reads images has died: {known} ({advice})")
         sys.stdout.flush()
         os._exit(EXIT_TRAINING_FAILED)  # an orderly exit ends the other processes, and torch raises this for each
     except KeyboardInterrupt:
