@@ -75,9 +75,9 @@ def test_runs_that_succeed_say_nothing(place: Path) -> None:
 
 @pytest.fixture
 def busy() -> Iterator[None]:
-    """Two processes for each CPU that do nothing but compute."""
+    """A process for each CPU that does nothing but compute."""
     command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    processes = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
     yield
     for process in processes:
         process.kill()
