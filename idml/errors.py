@@ -72,6 +72,10 @@ def run_main(main: Callable[[], None]) -> None:
         # Torch raises it in the main thread, wherever that is, when it hears of the end of a loader's process; whatever
         # was being done may make another error of it.
         died = [str(reason) for reason in (error, *reasons(error)) if str(reason).startswith("DataLoader worker")]
+        if not died and _left_alone(error):
+            _say("another process has ended, with a line of its own that says why")
+            sys.stdout.flush()
+            os._exit(EXIT_TRAINING_FAILED)
         if not died:
             raise
         known = next((reason for reason in died if "signal" in reason), died[0])
@@ -97,6 +101,12 @@ def _one_of_several() -> bool:
     """Whether the environment says so; errors are told before `idml.launch` has found anything wrong with it, too."""
     size = os.environ.get("WORLD_SIZE", "1").strip()
     return size.isdecimal() and int(size) > 1
+
+
+def _left_alone(error: Exception) -> bool:
+    """Whether another rank is gone from what this one waited for."""
+    gone = ("closed by peer", "reset by peer")
+    return _one_of_several() and isinstance(error, RuntimeError) and any(words in str(error).lower() for words in gone)
 
 
 def _say(error: str) -> None:
