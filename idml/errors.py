@@ -72,10 +72,17 @@ def run_main(main: Callable[[], None]) -> None:
         # Torch raises it in the main thread, wherever that is, when it hears of the end of a loader's process; whatever
         # was being done may make another error of it.
         died = [str(reason) for reason in (error, *reasons(error)) if str(reason).startswith("DataLoader worker")]
+        if not died and _left_alone(error):
+            _say("another process has ended, with a line of its own that says why")
+            sys.stdout.flush()
+            os._exit(EXIT_TRAINING_FAILED)
         if not died:
             raise
-        advice = "killed processes are mostly short of memory: give fewer --workers, then go on with --resume"
-        _say(f"a process that reads images has died: {died[0]} ({advice})")
+        known = next((reason for reason in died if "signal" in reason), died[0])
+        advice = "they are mostly short of memory, shared or other: give fewer --workers, then go on with --resume"
+        if "Bus error" in known:
+            advice = "shared memory was full: docker run --shm-size 1g gives more, --workers 0 needs none"
+        _say(f"a process that reads images has died: {known} ({advice})")
         sys.stdout.flush()
         os._exit(EXIT_TRAINING_FAILED)  # an orderly exit ends the other processes, and torch raises this for each
     except KeyboardInterrupt:
@@ -94,6 +101,12 @@ def _one_of_several() -> bool:
     """Whether the environment says so; errors are told before `idml.launch` has found anything wrong with it, too."""
     size = os.environ.get("WORLD_SIZE", "1").strip()
     return size.isdecimal() and int(size) > 1
+
+
+def _left_alone(error: Exception) -> bool:
+    """Whether another rank is gone from what this one waited for."""
+    gone = ("closed by peer", "reset by peer")
+    return _one_of_several() and isinstance(error, RuntimeError) and any(words in str(error).lower() for words in gone)
 
 
 def _say(error: str) -> None:

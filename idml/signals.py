@@ -164,7 +164,11 @@ def stop_when_parent_dies() -> None:
 
 
 def worker_init(_worker: int) -> None:
-    """In a loader's worker process: it leaves SIGINT and SIGUSR1 to the main process, and SIGTERM ends it as usual."""
+    """In a loader's worker process: it leaves SIGINT and SIGUSR1 to the main process, and SIGTERM ends it as usual.
+
+    So does SIGBUS, of which torch would print a line in the worker; the main process says what it was.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)

@@ -24,6 +24,7 @@ from idml.data.names import composed
 from idml.data.pixels import read_rgb
 from idml.data.torch_loader import as_evaluated
 from idml.errors import UserError
+from idml.paths import missing, user_path
 from idml.pretrained import with_weights_preprocessing
 from idml.random_state import random_state, set_random_state
 from idml.trained import Embeddings, as_pil, load
@@ -241,8 +242,11 @@ def _opened(image: Any) -> Any:
     """The image of a path; anything else as it is."""
     if not isinstance(image, (str, Path)):
         return image
+    path = user_path(image)
+    if not path.exists():
+        raise UserError(f"{image} is no image that can be read: {missing(path, 'image')}")
     try:
-        return read_rgb(Path(image))
+        return read_rgb(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{image} is no image that can be read: {error}") from None
 

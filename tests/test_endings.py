@@ -75,9 +75,9 @@ def test_runs_that_succeed_say_nothing(place: Path) -> None:
 
 @pytest.fixture
 def busy() -> Iterator[None]:
-    """Two processes for each CPU that do nothing but compute."""
+    """A process for each CPU that does nothing but compute."""
     command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    processes = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
     yield
     for process in processes:
         process.kill()
@@ -102,6 +102,23 @@ def test_an_image_that_vanishes_while_workers_run(place: Path, script: str) -> N
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 1, out
     assert errors.count("\n") == 1 and errors.startswith("error: ") and "a/3.png could not be read" in errors
+
+
+@pytest.mark.parametrize(
+    ("message", "size", "one_line"),
+    [
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:5301", "2", True),
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:5301", "1", False),
+        ("something else", "2", False),
+    ],
+)
+def test_a_rank_whose_partner_is_gone(place: Path, message: str, size: str, one_line: bool) -> None:
+    """One line, for it was not at fault; and a traceback for whatever else is raised."""
+    code = f"def main():\n    raise RuntimeError({message!r})\nfrom idml.errors import run_main\nrun_main(main)"
+    process = start(place, ["-c", code], WORLD_SIZE=size, RANK="1")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and (errors.count("\n") == 1) == one_line
+    assert errors.startswith("error (rank 1): another process has ended") == one_line
 
 
 def test_a_run_that_is_stopped_ends_with_one_line(place: Path) -> None:

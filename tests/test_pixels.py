@@ -323,6 +323,10 @@ def test_a_dark_image_of_16_bits_stays_dark(tmp_path: Path) -> None:
     Image.fromarray(dark.astype(np.int32)).save(tmp_path / "dark.pgm")
     for name in ("dark.png", "dark.tiff", "dark.pgm"):
         assert np.asarray(read_rgb(tmp_path / name)).max() == 2000 >> 8, name
+    with pytest.warns(
+        UserWarning, match=r"3 images of 16 bits use less than a sixteenth of that range and are almost black"
+    ):
+        read_collection(tmp_path)
 
 
 def test_scaled_images_are_reported_once(tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def test_splits_in_any_spelling(tmp_path: Path, train: str, test: str) -> None:
             {"cats_train": "ab", "cats_test": "ab"},
             "has splits in it \\(cats_test/, cats_train/\\), where class folders",
         ),
+        ({"train1": "ab", "test1": "ab"}, "has splits in it \\(test1/, train1/\\)"),
         ({"Trainingsdaten": "ab", "Testdaten": "ab"}, "has splits in it \\(Testdaten/, Trainingsdaten/\\)"),
         ({"train": "", "test": ""}, "has test/, train/, but no class folders in train/"),
         (
@@ -357,6 +358,15 @@ def test_splits_given_as_a_folder_to_train_on(tmp_path: Path) -> None:
         read_splits(cls(tmp_path, data_dir=None, train_dir=str(tmp_path), val_fraction=0.3))
     good = cls(tmp_path, data_dir=None, train_dir=str(tmp_path / "Training"), val_dir=str(tmp_path / "Testing"))
     assert len(read_splits(good).test) == 4
+
+
+def test_a_folder_around_the_splits(tmp_path: Path) -> None:
+    """As an archive unpacks: the folder to give is named."""
+    for split in ("Training", "Testing"):
+        put_classes(tmp_path / "archive" / split, "ab", 2)
+    for read in (lambda: read_splits(cls(tmp_path, val_fraction=0.3)), lambda: list_folder(tmp_path, 0.5)):
+        with pytest.raises(UserError, match=r"which has splits in it: give .*/archive in its place"):
+            read()
 
 
 def test_images_without_labels_beside_splits(tmp_path: Path) -> None:
@@ -395,6 +405,9 @@ def test_unused_folders_are_named(tmp_path: Path) -> None:
         ("valley", None),
         ("testudo", None),
         ("data", None),
+        ("01_train", "train"),
+        ("test1", None),
+        ("val2017", "val"),
         ("2017", None),
         ("tram", None),
     ],

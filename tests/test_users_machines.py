@@ -72,3 +72,75 @@ def test_data_and_home_that_cannot_be_written_to(base: Path, tmp_path: Path, scr
     assert error.startswith("error: cannot write") and "--cache-dir DIR names a place" in error
     done = train("ffcv", "--output-dir", "ffcv", "--cache-dir", tmp_path / "betons")
     assert done.returncode == 0 and list((tmp_path / "betons").glob("*.beton")), done.stderr
+
+
+SHARED = ["--dataset", "folder", "--model", "resnet8_cifar", "--image-size", "128", "--batch-size", "18"]
+SHARED += ["--workers", "2", "--loader", "torch", "--epochs", "2", "--threads", "1", "--no-verbose"]
+
+
+def without_speed(line: str) -> str:
+    return line.rpartition("  ")[0]
+
+
+@pytest.mark.parametrize(("shm", "expected"), [("256k", "go through a pipe"), ("16k", "could not be started")])
+@pytest.mark.parametrize("script", ["cls", pytest.param("dml", marks=pytest.mark.slow)])
+def test_little_shared_memory(base: Path, tmp_path: Path, script: str, shm: str, expected: str) -> None:
+    """A batch has 0.9 MB. The same figures as without worker processes, and one line that says what there is."""
+    photos = base / ("photos" if script == "cls" else "searched/photos")
+    own = ["--method", "baseline"] if script == "cls" else ["--ism", "off", "--no-nmi"]
+    arguments = [ROOT / f"train_{script}.py", *SHARED, *own, "--data-dir", photos]
+    done = run_mounted(*arguments, "--output-dir", "run", shm=shm, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "/dev/shm has 0.0 MB" in line or "/dev/shm has 0.3 MB" in line]
+    assert len(said) == 1 and said[0].startswith("warning: ") and expected in said[0], done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    plain = run_mounted(*arguments, "--workers", "0", "--output-dir", "plain", cwd=tmp_path)
+    lines = [[without_speed(line) for line in each.stdout.splitlines() if "epoch" in line] for each in (done, plain)]
+    assert lines[0] == lines[1] and len(lines[0]) >= 2
+
+
+def test_a_command_with_little_shared_memory(base: Path, tmp_path: Path) -> None:
+    options = ["--checkpoint", base / "off", "--data-dir", base / "photos", "--workers", "2", "--out", "E.npz"]
+    done = run_mounted("-m", "idml", "embed", *options, shm="64k", cwd=tmp_path, timeout=100)
+    assert done.returncode == 0 and (tmp_path / "E.npz").exists(), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "/dev/shm has 0.1 MB" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_shared_memory_of_docker_at_224_pixels(base: Path, tmp_path: Path) -> None:
+    """64 MB, batches of 54 MB, four processes."""
+    arguments = [
+        ROOT / "train_cls.py",
+        *SHARED,
+        "--method",
+        "baseline",
+        "--data-dir",
+        write_photos(base / "many", train=120),
+    ]
+    arguments += ["--image-size", "224", "--batch-size", "360", "--workers", "4", "--epochs", "1"]
+    done = run_mounted(*arguments, "--output-dir", "run", shm="64m", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    done = run_mounted(*arguments, "--batch-size", "64", "--output-dir", "small", shm="64m", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0 and (tmp_path / "small/results.json").exists(), done.stderr
+
+
+BUS_ERROR = """
+import os, signal, sys, torch.utils.data, train_cls
+from idml.data.torch_loader import _Batches
+from idml.errors import run_main
+original = _Batches.fetch
+def fetch(self, epoch, indices):
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGBUS)
+    return original(self, epoch, indices)
+_Batches.fetch = fetch
+run_main(train_cls.main)
+"""
+
+
+def test_a_bus_error_is_one_line(base: Path, tmp_path: Path) -> None:
+    arguments = [*SHARED, "--method", "baseline", "--data-dir", base / "photos", "--output-dir", "run"]
+    done = run_mounted("-c", BUS_ERROR, *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: a process that reads images has died") and "shared" in said

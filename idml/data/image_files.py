@@ -7,6 +7,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -71,24 +72,31 @@ def decoding_error(path: Path) -> str | None:
     return _examined(path)[0]
 
 
-def _examined(path: Path) -> tuple[str | None, bool]:
-    """(why the file cannot be decoded, whether its greys are of a range that no format says)."""
+Greys = Literal["plain", "wide", "dark"]
+"""Of an image: see ``LeftOut``."""
+
+
+def _examined(path: Path) -> tuple[str | None, Greys]:
+    """(why the file cannot be decoded or None, what greys it has)."""
     try:
         if os.path.islink(path) and not os.path.exists(path):
-            return f"a link that leads nowhere, to {printable(str(path.readlink()))}", False
+            return f"a link that leads nowhere, to {printable(str(path.readlink()))}", "plain"
         if path.exists() and not path.is_file():
-            return "not a file", False  # a pipe would be waited for
+            return "not a file", "plain"  # a pipe would be waited for
         with open_image(path) as image:
             image.draft("RGB", (1, 1))
             image.load()
-            if not has_8_bits(image):
-                as_rgb(image)  # which may fail
-            return None, has_wide_grey(image)
+            if has_8_bits(image):
+                return None, "plain"
+            brightest = np.asarray(as_rgb(image)).max()  # the conversion may fail
+            if has_wide_grey(image):
+                return None, "wide"
+            return None, "dark" if image.mode.startswith("I") and 0 < brightest < 255 // 16 else "plain"
     except Exception as error:
         error = readable_error(error)
         if not isinstance(error, (OSError, ValueError)):
             raise
-        return str(error) or type(error).__name__, False
+        return str(error) or type(error).__name__, "plain"
 
 
 def without_unreadable(
@@ -100,7 +108,7 @@ def without_unreadable(
         dataset: with ``paths``.
         skip: leave bad files out and warn with their number; otherwise any bad file is an error.
         workers: threads that decode.
-        left_out: gets the images whose greys are scaled by a guess.
+        left_out: gets the images whose greys are scaled by a guess, or almost black.
 
     Raises:
         UserError: files do not decode and ``skip`` is off: their number and the first ten names.
@@ -109,7 +117,8 @@ def without_unreadable(
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         examined = list(pool.map(_examined, dataset.paths, chunksize=64))
     if left_out is not None:
-        left_out.wide += [path for path, (_, wide) in zip(dataset.paths, examined, strict=True) if wide]
+        left_out.wide += [path for path, (_, greys) in zip(dataset.paths, examined, strict=True) if greys == "wide"]
+        left_out.dark += [path for path, (_, greys) in zip(dataset.paths, examined, strict=True) if greys == "dark"]
     bad = [(path, error) for path, (error, _) in zip(dataset.paths, examined, strict=True) if error is not None]
     if not bad:
         return dataset

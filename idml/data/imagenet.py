@@ -9,7 +9,7 @@ import numpy as np
 
 from idml.data.image_dataset import ImageDataset
 from idml.data.image_files import list_class_folders
-from idml.data.walk import folders_of
+from idml.data.walk import LeftOut, folders_of
 from idml.errors import UserError
 from idml.paths import missing
 
@@ -31,16 +31,18 @@ def read_imagenet(root: Path) -> tuple[ImageDataset, ImageDataset]:
     Raises:
         UserError: a folder or the ground truth is missing, or does not fit.
     """
-    train = list_class_folders(root / "train", layout=LAYOUT)
+    left_out = LeftOut()
+    train = list_class_folders(root / "train", layout=LAYOUT, left_out=left_out)
     val_dir = root / "val"
     if not val_dir.is_dir():
         raise UserError(f"{missing(val_dir)}; expected {LAYOUT}")
     if folders_of(val_dir):
-        val = list_class_folders(val_dir, layout=LAYOUT)
+        val = list_class_folders(val_dir, layout=LAYOUT, left_out=left_out)
         if val.classes != train.classes:
             raise UserError(f"{root}: train has {len(train.classes)} classes and val {len(val.classes)}, or other ones")
     else:
         val = _read_flat_val(root, val_dir, train.classes)
+    left_out.warn(root)
     counts = (len(train.classes), len(train), len(val))
     if counts != (NUM_CLASSES, NUM_TRAIN, NUM_VAL):
         warnings.warn(

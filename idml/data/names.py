@@ -12,7 +12,7 @@ SYSTEM_NAMES = frozenset(
     {
         *("__macosx", "network trash folder", "temporary items"),  # macOS
         *("thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
-        *("$recycle.bin", "recycler", "system volume information"),
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000"),
         *("@eadir", "#recycle", "#snapshot", "@tmp", "@sharebin"),  # Synology
         *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
         *("lost+found", "__pycache__", "icon\r"),
@@ -20,7 +20,9 @@ SYSTEM_NAMES = frozenset(
 )
 """Names, in small letters, of what systems put into folders and do not hide by a dot."""
 
-_FILLERS = "data|dataset|set|split|subset|folder|files|images|image|imgs|img|photos|pictures|samples|part|dir|\\d+"
+_FILLERS = "data|dataset|set|split|subset|folder|files|images|image|imgs|img|photos|pictures|samples|part|dir|\\d{4}"
+"""Words, and years, that the name of a split may have beside it."""
+
 _ROLE_NAMES: dict[Role, str] = {
     "train": "training|train|trainval",
     "val": "validation|validate|valid|val|evaluation|eval|development|dev|holdout",
@@ -28,7 +30,9 @@ _ROLE_NAMES: dict[Role, str] = {
     "query": "queries|query|probe",
     "gallery": "gallery",
 }
-_ROLES = {role: re.compile(f"(?:{_FILLERS})*(?:{names})(?:{_FILLERS})*") for role, names in _ROLE_NAMES.items()}
+_ROLES = {
+    role: re.compile(f"\\d{{0,2}}(?:{_FILLERS})*(?:{names})(?:{_FILLERS})*") for role, names in _ROLE_NAMES.items()
+}
 _MENTIONS = re.compile(r"(?<![^\W\d_])(?:train|test|valid|eval|val(?![^\W\d_])|dev(?![^\W\d_]))")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,10 @@ METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 SIXTEEN_BITS = 65535.0
 
 _8_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+
+
+_reading_tags = threading.Lock()
+"""What hides warnings hides them from all threads, and must not be left in another order than it was entered."""
 
 
 def image_suffixes() -> frozenset[str]:
@@ -107,7 +113,9 @@ def readable_error(error: Exception) -> Exception:
 def orientation(image: Image.Image) -> int:
     """How the image is stored, 1 (upright) to 8; see ``TURNS``. 1 where that is not said, or damaged."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with _reading_tags, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # it would complain of each damaged tag of each photo
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow parses the tags of a damaged file as far as it can, and fails in many ways
         return 1
     return value if value in TURNS else 1

@@ -90,6 +90,8 @@ def check_classes(root: Path, folders: Sequence[Path], *, layout: str) -> None:
     for folder in folders:
         inner = {role: each for each in folders_of(folder) if (role := split_role(each.name)) and has_images(each)}
         if "train" in inner and len(inner) > 1:
+            if len(folders) == 1:
+                raise UserError(f"{root} has nothing but {folder}, which has splits in it: give {folder} in its place")
             raise UserError(
                 f"the class folder {folder} has splits in it ({slashed(list(inner.values()))}): put classes into "
                 f"splits, as in {root / 'train' / folder.name}; expected {layout}"

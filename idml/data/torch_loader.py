@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from idml.data.crops import random_resized_crop
+from idml.data.handing_over import HandedOver, any_number_of_workers, hand_over, no_workers, taken
 from idml.data.image_dataset import (
     CROP_SHARE,
     Fit,
@@ -126,10 +126,10 @@ class _Batches(Dataset):
         # (N, C, S, S), so that a batch is N copies of what lies together. No copy where that is its order already.
         self.planes = None if dataset.images is None else np.ascontiguousarray(dataset.images.transpose(0, 3, 1, 2))
 
-    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor] | TrainingError:
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> HandedOver | TrainingError:
         # An error is handed over and raised by ``TorchLoader``: torch would wrap it in a worker's traceback.
         try:
-            return self.fetch(*batch)
+            return hand_over(*self.fetch(*batch))
         except TrainingError as error:
             return error
 
@@ -171,14 +171,6 @@ class _EpochBatchSampler:
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-@contextlib.contextmanager
-def _any_number_of_workers() -> Iterator[None]:
-    """Without torch's warning of more workers than CPUs: they wait for disks too, and a default must suit everybody."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
 
 
 _with_workers: weakref.WeakSet[TorchLoader] = weakref.WeakSet()
@@ -246,26 +238,41 @@ class TorchLoader(DealtBatches):
             image_size=image_size, fit=fit, crop_share=crop_share, interpolation=interpolation
         )
         self._fetch = _Batches(dataset, preprocessing, train, seed)
-        with _any_number_of_workers():
-            self._loader: DataLoader[Any] = DataLoader(
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._loader = self._with(workers)
+
+    def _with(self, workers: int) -> DataLoader[Any]:
+        with any_number_of_workers():
+            return DataLoader(
                 self._fetch,
                 batch_sampler=self._sampler,  # type: ignore[arg-type]  # torch passes on whatever it yields
                 collate_fn=_identity,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                pin_memory=pin_memory,
+                pin_memory=self._pin_memory,
                 worker_init_fn=worker_init if workers else None,
                 # Its own, so that starting an epoch anew draws nothing from the generator that training draws from.
                 generator=torch.Generator(),
             )
+
+    def _start(self) -> Iterator[Any]:
+        """The batches that the sampler has; the first time, worker processes are started, if they can be."""
+        try:
+            with any_number_of_workers():
+                return iter(self._loader)
+        except OSError as error:
+            if not self._loader.num_workers:
+                raise
+            no_workers(self._loader.num_workers, error)
+        self._loader = self._with(0)
+        return iter(self._loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from number ``start`` on; give a new ``epoch`` for each pass in training."""
         self._sampler.epoch, self._sampler.batches = epoch, self.batches(epoch)[start:]
         if self._loader.num_workers:
             _with_workers.add(self)
-        with _any_number_of_workers():
-            batches = iter(self._loader)
+        batches = self._start()
         if self._loader.num_workers:
             _close_at_exit()
         while True:
@@ -278,7 +285,7 @@ class TorchLoader(DealtBatches):
                 return
             if isinstance(batch, TrainingError):
                 raise batch
-            yield batch
+            yield taken(batch, pin_memory=self._pin_memory)
 
     def images_at(self, indices: Sequence[int]) -> Tensor:
         """(len(indices), 3, S, S) uint8: chosen images of the data set as evaluation sees them, for pictures."""

@@ -40,6 +40,7 @@ class LeftOut:
         loose: images that lie in no class folder, where all others do.
         unused: folders with images that are neither class nor split.
         wide: images of which the range of greys is a guess, see ``scaled_grey``.
+        dark: images of 16 bits that use little of their range.
     """
 
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -48,12 +49,13 @@ class LeftOut:
     loose: list[Path] = dataclasses.field(default_factory=list)
     unused: list[Path] = dataclasses.field(default_factory=list)
     wide: list[Path] = dataclasses.field(default_factory=list)
+    dark: list[Path] = dataclasses.field(default_factory=list)
 
     def add(self, other: LeftOut) -> None:
         """What was found in another folder."""
         self.kinds.update(other.kinds)
         self.bare = self.bare or other.bare
-        for name in ("nowhere", "loose", "unused", "wide"):
+        for name in ("nowhere", "loose", "unused", "wide", "dark"):
             getattr(self, name).extend(getattr(other, name))
 
     def add_file(self, name: str) -> None:
@@ -93,6 +95,12 @@ class LeftOut:
             texts.append(
                 f"{_count(count, 'image')} of floating numbers or 32-bit integers {_are(count)} scaled by the range of "
                 f"the numbers: {_some(list(map(str, self.wide)))}"
+            )
+        if self.dark:
+            count = len(self.dark)
+            texts.append(
+                f"{_count(count, 'image')} of 16 bits use less than a sixteenth of that range and {_are(count)} almost "
+                f"black; numbers of 12 bits have to be scaled before: {_some(list(map(str, self.dark)))}"
             )
         return texts
 
