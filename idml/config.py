@@ -13,6 +13,7 @@ import io
 import math
 import re
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -100,6 +101,12 @@ def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
+REMOVED = ("uncertainty_loss", "uncertainty_share", "uncertainty_shifts")
+"""Options of earlier versions, which trained the uncertainty head by loss prediction."""
+
+INSTEAD = "was removed: P(wrong) and novelty are fitted after training now (--introspect, python -m idml introspect)"
+
+
 def _readable(message: str, config_class: type) -> str:
     """The parser's error as one line that names the flag, what was expected and what was got."""
     hints = get_type_hints(config_class)
@@ -107,6 +114,8 @@ def _readable(message: str, config_class: type) -> str:
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         given = unknown.group(1).split("=")[0]
         known = [name.replace("_", "-") for name in hints]
+        if given.lstrip("-").replace("-", "_") in REMOVED:
+            return f"{given} {INSTEAD}"
         return f"unknown option {given}{nearest(given.lstrip('-').replace('_', '-'), known)}"
     if bad := re.search(r'Parser key "(\w+)".*(?:Got value|Given value): ?(.*)$', message):
         key, value = bad.groups()
@@ -146,6 +155,10 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
     normalised = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name in REMOVED and name not in hints:
+            if name == "uncertainty_loss" and value == "loss-prediction":
+                warnings.warn(f"{path}: {key} {value} {INSTEAD}", UserWarning, stacklevel=2)
+            continue
         if name not in hints:
             raise UserError(f"{path}: unknown key {key!r}{nearest(name, hints)}")
         if value is False and "off" in _choices(hints[name]):

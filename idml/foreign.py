@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from idml.errors import UserError, nearest
 from idml.introspection.layers import find_layers, logits_of
 from idml.models import ClassifierOutput
+from idml.runtime import evaluation_mode
+
+
+INSIDE = "module."
+"""What stands before the names of a module of others in the network that wraps it."""
 
 
 class ForeignClassifier(nn.Module):
@@ -26,8 +31,9 @@ class ForeignClassifier(nn.Module):
         module: gives logits: a tensor, or an output with ``logits`` in it.
 
     Attributes:
-        feature_dim: D, of what goes into the last linear layer; C where there is no such layer. Known once the module
-            has been tried on images: ``try_out``.
+        features_of: name of the module inside whose input is the feature vector, the last linear layer; empty where
+            there is none.
+        feature_dim: D, of that; C where there is no such layer. Both are known after ``try_out`` or ``watch``.
     """
 
     ism = "off"
@@ -36,30 +42,54 @@ class ForeignClassifier(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.feature_dim = 0
+        self.features_of, self.feature_dim = "", 0
         self._features: list[Tensor] = []
 
-    def try_out(self, images: Tensor) -> None:
-        """Find the input of the last linear layer, by one pass of (B, 3, S, S) images, B >= 2.
+    def try_out(self, images: Tensor, names: Sequence[str] | None = None) -> int:
+        """Find the input of the last linear layer, by passes of (B, 3, S, S) images, B >= 2.
+
+        Args:
+            images: as the module takes them, on its device.
+            names: of modules inside that are to be looked at, which are tried too.
+
+        Returns:
+            C, the number of logits.
 
         Raises:
-            UserError: the module does not take the images, or gives no logits.
+            UserError: the module does not take the images, gives no logits, or has nothing to look at.
         """
         try:
-            layers = find_layers(self.module, images)
-        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            layers = find_layers(self.module, images, names)
+            with torch.no_grad(), evaluation_mode(self.module):
+                logits = logits_of(self.module(images))
+        except UserError:
+            raise
+        except Exception as error:  # a module of somebody's own may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from None
-        self.watch(layers.features_of, layers.feature_dim)
-        if not self.feature_dim:
-            with torch.no_grad():
-                self.feature_dim = logits_of(self.module(images)).shape[1]
+            raise UserError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
+        if len(logits) != len(images):
+            raise UserError(
+                f"expected a network that gives (B, C) logits, got {tuple(logits.shape)} for {len(images)} images"
+            )
+        self.watch(layers.features_of, layers.feature_dim or logits.shape[1])
+        return logits.shape[1]
 
     def watch(self, features_of: str, feature_dim: int) -> None:
-        """Take the input of the module of that name for the features; logits where the name is empty."""
-        self.feature_dim = feature_dim
+        """Take the input of a module inside for the features.
+
+        Args:
+            features_of: its name; empty: the logits are the features.
+            feature_dim: D.
+
+        Raises:
+            UserError: there is no such module.
+        """
+        modules = dict(self.module.named_modules())
+        if features_of not in modules:
+            raise UserError(f"the network has no module {features_of!r}{nearest(features_of, modules)}")
+        self.features_of, self.feature_dim = features_of, feature_dim
         if features_of:
-            self.module.get_submodule(features_of).register_forward_pre_hook(self._keep)
+            modules[features_of].register_forward_pre_hook(self._keep)
 
     def _keep(self, _module: nn.Module, given: tuple[Any, ...]) -> None:
         self._features[:] = [given[0].flatten(1)]
@@ -100,19 +130,25 @@ def build_foreign(origin: str, name: str, classes: int, arguments: Mapping[str, 
     else:
         make, own = _function(name), {}
     try:
-        return make(**own, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model {name} cannot be made with {dict(arguments)}: {error}") from None
+        made = make(**own, **arguments)
+    except Exception as error:  # a function of somebody's own may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        with_these = f" with {dict(arguments)}" if arguments else ""
+        raise UserError(f"the model {name} cannot be made{with_these}: {reason}") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{name} does not make a torch.nn.Module, it gives a {type(made).__name__}")
+    return made
 
 
 def _function(name: str) -> Any:
     module, _, function = name.partition(":")
-    if not function:
+    if not module or not function:
         raise UserError(f"expected package.module:function that makes the network, got {name!r}")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot import {name}: {error}") from None
+    except Exception as error:  # importing runs the module
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot import {name}: {reason}") from error

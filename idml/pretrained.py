@@ -96,7 +96,7 @@ def _of_timm(model: str) -> dict[str, Any]:
     own = timm.model_entrypoint(name.split(".")[0]).__module__.startswith("idml.")
     if recorded is None or (own and not recorded.has_weights):
         return {}
-    return _recognised(dataclasses.asdict(recorded))
+    return recognised(dataclasses.asdict(recorded))
 
 
 def _of_file(path: Path) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def _of_file(path: Path) -> dict[str, Any]:
     for entry in ("args", "preprocessing"):
         values = content.get(entry)
         if isinstance(values, Mapping):
-            found |= _recognised(values)
+            found |= recognised(values)
         elif hasattr(values, "__dict__"):
-            found |= _recognised(vars(values))
+            found |= recognised(vars(values))
     return found
 
 
@@ -128,7 +128,7 @@ def _of_hub(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place in (described, _entry(described, "pretrained_cfg"), _entry(_entry(described, "idml"), "preprocessing")):
         if isinstance(place, Mapping):
-            found |= _recognised(place)
+            found |= recognised(place)
     return found
 
 
@@ -136,7 +136,7 @@ def _entry(values: Any, name: str) -> Any:
     return values.get(name) if isinstance(values, Mapping) else None
 
 
-def _recognised(values: Mapping[str, Any]) -> dict[str, Any]:
+def recognised(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of options by timm's, torchvision's or this project's names: those that decide the preprocessing and are set.
 
     A single number stands for all channels, as in timm. A crop share above 1, by which timm pads, becomes 1; filters

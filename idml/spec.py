@@ -49,7 +49,9 @@ class ModelSpec:
         embedding_size, pool, l2_norm: of retrieval, see ``IntrospectiveEmbedder``.
         method, dataset: what it was trained by and on, for people to read.
         origin: whose network it is: ``idml``, or ``timm``, ``torchvision`` or ``module``, where ``model`` is its name
-            there (of a module package.module:function, which makes it from ``model_kwargs``).
+            there (of a module package.module:function, which makes it from ``model_kwargs``; empty where it is known in
+            memory alone).
+        features_of, feature_dim: of others' networks, see ``ForeignClassifier.watch``.
         introspection: ``IntrospectionSpec`` as plain values; None where there is none.
     """
 
@@ -67,6 +69,8 @@ class ModelSpec:
     method: str = ""
     dataset: str = ""
     origin: Origin = "idml"
+    features_of: str = ""
+    feature_dim: int = 0
     introspection: dict[str, Any] | None = None
 
     def build_introspection(self) -> Introspection | None:
@@ -89,7 +93,10 @@ class ModelSpec:
             UserError: it cannot be made from these values.
         """
         if self.origin != "idml":
-            return ForeignClassifier(build_foreign(self.origin, self.model, len(self.classes), self.model_kwargs))
+            module = build_foreign(self.origin, self.model, len(self.classes), self.model_kwargs)
+            network = ForeignClassifier(module)
+            network.watch(self.features_of, self.feature_dim or len(self.classes))
+            return network
         backbone = create_backbone(self.model, image_size=self.preprocessing.image_size, arguments=self.model_kwargs)
         try:
             if self.task == "classification":

@@ -1,113 +1,39 @@
 """Using a model that was trained: ``idml.load``, and from images to embeddings, classes and uncertainty.
 
-Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions, K numbers of a belief, S pixels.
+Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions, S pixels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from augment import normalise
-from idml.checkpoint import load_tensors, read_checkpoint
-from idml.checkpoint_files import newest_checkpoint
 from idml.data.image_dataset import ImageDataset
-from idml.data.pixels import as_rgb
 from idml.data.torch_loader import TorchLoader, as_evaluated
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import UserError
 from idml.foreign import ForeignClassifier
+from idml.given_images import Images as Images
+from idml.given_images import as_pil as as_pil
 from idml.introspection.introspected import Introspected
 from idml.introspection.introspection import Introspection
 from idml.introspection.refusal import class_sets
 from idml.models import ClassifierOutput, IntrospectiveClassifier, uncertainty_score
-from idml.paths import nearest_path, user_path
-from idml.runtime import choose_device
-from idml.spec import ModelSpec, Task, fingerprint, load_state
-
-Images: TypeAlias = "Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]"
-"""One image or many. Arrays are (H, W), (H, W, 1 or 3) or (N, H, W, 1 or 3); tensors (1 or 3, H, W) or (N, 1 or 3, H,
-W). Integers are 0 to 255, floating numbers 0 to 1."""
+from idml.paths import user_path
+from idml.predictions import Embeddings as Embeddings
+from idml.predictions import Predictions as Predictions
+from idml.spec import ModelSpec, Task, fingerprint
 
 CONFIG, WEIGHTS, HEADS = "config.json", "model.safetensors", "idml.safetensors"
 """Files of an exported model; the last only where the weights are in timm's layout."""
 
-
 INTROSPECTION = "introspection."
 """What the names of an introspection begin with in an exported model."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Embeddings:
-    """What a model says of N images; arrays on the CPU.
-
-    Attributes:
-        semantic: (N, D) float32; of unit length where the model was trained so.
-        uncertainty: (N,) float32, higher for a less certain image; ``TrainedModel.score_name`` says what it means.
-        uncertainty_embedding: (N, E) float32; zeros where ISM is off.
-        novelty: (N,) float32 in [0, 1], share of held-out known images that are less strange; foreseen_loss: (N,)
-            float32, nats; coordinates: (N, Q) float32, where the image lies among known ones; belief: (N, K) float32,
-            of a retrieval model. All None without an introspection.
-        probabilities: (N, C) float32, of a classifier; None of a retrieval model.
-    """
-
-    semantic: np.ndarray
-    uncertainty: np.ndarray
-    uncertainty_embedding: np.ndarray
-    novelty: np.ndarray | None = None
-    foreseen_loss: np.ndarray | None = None
-    coordinates: np.ndarray | None = None
-    belief: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.semantic)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """Those of several batches, in their order; at least one."""
-        columns: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            pieces = [getattr(part, field.name) for part in parts]
-            columns[field.name] = None if pieces[0] is None else np.concatenate(pieces)
-        return cls(**columns)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
-    """What a classifier takes N images for.
-
-    Attributes:
-        labels: (N,) int64, positions in the model's classes.
-        classes: N names.
-        confidence: (N,) float32, the probability of the top class by the plain logits.
-        probabilities: (N, C) float32.
-        uncertainty: (N,) float32; see ``TrainedModel.score_name``.
-        p_wrong, novelty: (N,) float32 in [0, 1]; None without an introspection.
-        answered: (N,) bool, whether the answer is given under the ``max_risk`` asked for; None where none was.
-        sets: (N, C) bool, the classes that are named under the ``coverage`` asked for; None where none was.
-    """
-
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    confidence: np.ndarray
-    probabilities: np.ndarray
-    uncertainty: np.ndarray
-    p_wrong: np.ndarray | None = None
-    novelty: np.ndarray | None = None
-    answered: np.ndarray | None = None
-    sets: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class TrainedModel:
@@ -143,6 +69,20 @@ class TrainedModel:
         if self.introspection is not None:
             found |= {INTROSPECTION + name: value for name, value in self.introspection.state_dict().items()}
         return {name: value.contiguous() for name, value in found.items()}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write all of it to a folder that ``load`` reads; whole or not at all.
+
+        Args:
+            folder: is made.
+            overwrite: replace a model that is there.
+
+        Raises:
+            UserError: it is there already, cannot be written, or a module made the network of which no name is known.
+        """
+        from idml.loading import save_model  # it needs this module
+
+        save_model(self, user_path(folder), overwrite=overwrite)
 
     @property
     def task(self) -> Task:
@@ -327,109 +267,20 @@ class TrainedModel:
             yield self.embeddings_of(self.outputs(images))
 
 
-def load(source: str | Path, *, device: str = "auto") -> TrainedModel:
+def load(source: str | Path, *, device: str = "auto", trust_module: bool = False) -> TrainedModel:
     """A trained model, ready to be used.
 
     Args:
         source: a run directory (its ``checkpoints/last.pt``, whose figures the run reports), a checkpoint file, or a
-            folder that ``python -m idml export`` wrote with ``--format safetensors`` or ``timm``.
+            folder that ``python -m idml introspect`` wrote, or ``export`` with ``--format safetensors`` or ``timm``.
         device: auto (cuda, then mps, then cpu), cpu, cuda or mps.
+        trust_module: let a network of somebody's own be made by the function that the folder names,
+            package.module:function, which runs code. Files of all other models are read without running any.
 
     Raises:
-        UserError: there is no such thing, it is damaged, or it is something else.
+        UserError: there is no such thing, it is damaged, it is something else, or it names a function that is not
+            trusted.
     """
-    path = user_path(source)
-    if not path.exists():
-        raise UserError(
-            f"no model at {path}: expected a run directory, a checkpoint file, or an exported folder; "
-            f"{nearest_path(path)}"
-        )
-    if path.is_dir() and (path / CONFIG).is_file():
-        return _load_exported(path, device)
-    if path.is_dir():
-        found = newest_checkpoint(path)
-        if found is None:
-            raise UserError(
-                f"no model in {path}: expected a run directory with checkpoints/last.pt, or a folder with {CONFIG} and "
-                f"{WEIGHTS}"
-            )
-        path, checkpoint = found
-    else:
-        checkpoint = read_checkpoint(path)
-    spec = ModelSpec.from_checkpoint(checkpoint, str(path))
-    network, introspection = spec.build(), spec.build_introspection()
-    load_state(network, checkpoint["model"], str(path))
-    if introspection is not None:
-        load_state(introspection, checkpoint["introspection"]["state"], f"the introspection of {path}")
-    return TrainedModel(network, spec, device=choose_device(device), source=path, introspection=introspection)
+    from idml.loading import load_model  # it needs this module
 
-
-def _load_exported(folder: Path, device: str) -> TrainedModel:
-    try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not isinstance(described, dict) or not isinstance(described.get("idml"), dict):
-        raise UserError(f"{folder / CONFIG} does not describe a model of this project: it has no object idml")
-    spec = ModelSpec.from_json(described["idml"], str(folder / CONFIG))
-    network = spec.build()
-    if "timm_classifiers" in described["idml"]:
-        from idml.timm_folder import read_timm_folder  # it needs this module
-
-        state = read_timm_folder(folder, described["idml"])
-    else:
-        state = load_tensors(folder / WEIGHTS)
-    introspection = spec.build_introspection()
-    own = {name: value for name, value in state.items() if not name.startswith(INTROSPECTION)}
-    load_state(network, own, str(folder / WEIGHTS))
-    if introspection is not None:
-        rest = {name.removeprefix(INTROSPECTION): value for name, value in state.items() if name not in own}
-        load_state(introspection, rest, f"the introspection in {folder}")
-    return TrainedModel(network, spec, device=choose_device(device), source=folder, introspection=introspection)
-
-
-def as_pil(images: Images) -> list[Image.Image]:
-    """Every image as RGB; UserError as for ``TrainedModel.prepare``."""
-    if isinstance(images, Image.Image):
-        try:
-            return [as_rgb(images)]
-        except (OSError, ValueError) as error:  # it may not be decoded yet
-            raise UserError(f"the image {getattr(images, 'filename', '')} cannot be read: {error}") from None
-    if isinstance(images, np.ndarray):
-        return _from_pixels(images, "an array", (2, 3, 4))
-    if isinstance(images, Tensor):
-        if images.ndim not in (3, 4):
-            raise UserError(f"expected a tensor (3, H, W) or (N, 3, H, W), got shape {tuple(images.shape)}")
-        pixels = images.detach().cpu().movedim(-3, -1)
-        # NumPy has no bfloat16.
-        return _from_pixels((pixels.float() if pixels.is_floating_point() else pixels).numpy(), "a tensor", (3, 4))
-    if isinstance(images, Iterable) and not isinstance(images, (str, bytes)):
-        found = [image for each in images for image in as_pil(each)]
-        if found:
-            return found
-        raise UserError("expected at least one image, got none")
-    raise UserError(
-        f"expected images as PIL images, arrays or tensors, or a sequence of them, got {type(images).__name__} "
-        "(open files with PIL.Image.open)"
-    )
-
-
-def _from_pixels(pixels: np.ndarray, what: str, dimensions: tuple[int, ...]) -> list[Image.Image]:
-    """RGB images of (H, W), (H, W, c) or (N, H, W, c) numbers."""
-    channels = 1 if pixels.ndim == 2 else pixels.shape[-1] if pixels.ndim else 0
-    if pixels.ndim not in dimensions or channels not in (1, 3) or pixels.size == 0:
-        raise UserError(f"expected {what} of images with 1 or 3 channels, got one of shape {pixels.shape}")
-    if pixels.dtype.kind not in "uif":
-        raise UserError(f"expected {what} of integers from 0 to 255, or floats from 0 to 1, got {pixels.dtype}")
-    low, high = float(pixels.min()), float(pixels.max())
-    top = 1.0 if np.issubdtype(pixels.dtype, np.floating) else 255.0
-    if not (low >= 0 and high <= top):  # NaN too
-        raise UserError(
-            f"expected numbers of {what} of {pixels.dtype} between 0 and {top:.0f}, got {low:g} to {high:g}; give "
-            "images as they are, the model normalises them itself"
-        )
-    if top == 1.0:
-        pixels = np.round(pixels * 255.0)
-    batch = pixels.astype(np.uint8)
-    batch = batch[None, ..., None] if batch.ndim == 2 else batch[None] if batch.ndim == 3 else batch
-    return [Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy()) for image in batch]
+    return load_model(source, device=device, trust_module=trust_module)

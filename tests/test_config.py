@@ -47,11 +47,6 @@ def test_defaults_file_and_flags_in_that_order(tmp_path: Path) -> None:
         (("--lr-milestones", "3 5", "--schedule", "step"), "lr_milestones", [3, 5]),
         (("--lr-milestones", "[3, 5]", "--schedule", "step"), "lr_milestones", [3, 5]),
         (("--progressive", "96,160", "--dataset", "folder"), "progressive", [96, 160]),
-        (
-            ("--method", "ism", "--uncertainty-loss", "loss-prediction", "--uncertainty-shifts", "blur,noise"),
-            "uncertainty_shifts",
-            ["blur", "noise"],
-        ),
         (("--pretrained", "w.pth", "--pretrained-allow-missing=fc,head"), "pretrained_allow_missing", ["fc", "head"]),
         (("--no-nesterov",), "nesterov", False),
         (("--no_nesterov",), "nesterov", False),

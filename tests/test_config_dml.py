@@ -97,9 +97,14 @@ def test_the_released_names_of_losses(loss: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), {"mix": "mixup"}),
-        (("--ism", "live"), {"mix": "mixup"}),
-        (("--ism", "released"), {"mix": "mixup"}),
+        ((), {"mix": "none", "val_fraction": 0.1, "introspect": True}),
+        (("--ism", "live"), {"mix": "none"}),
+        (("--ism", "released", "--dataset", "cub", "--pretrained"), {"mix": "mixup", "val_fraction": 0.0}),
+        (("--dataset", "SOP", "--pretrained"), {"mix": "mixup", "val_fraction": 0.0, "introspect": False}),
+        (("--dataset", "cars", "--pretrained", "--val-fraction", "0.2"), {"val_fraction": 0.2, "introspect": True}),
+        (("--val-fraction", "0"), {"introspect": False}),
+        (("--no-introspect",), {"val_fraction": 0.1, "introspect": False}),
+        (("--ism", "off", "--dataset", "cub", "--pretrained"), {"mix": "none"}),
         (("--ism", "off"), {"mix": "none"}),
         (("--ism", "off", "--mix", "mixup"), {"mix": "mixup"}),
         (("--ism", "live", "--mix", "none"), {"mix": "none"}),
@@ -136,7 +141,7 @@ def test_defaults_file_and_flags_in_that_order(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "lr: 0.3\nepochs: 7\nism: off\nIPC: 2\n")
     config = parse("--config", file, "--lr", "0.4")
     assert (config.lr, config.epochs, config.ism, config.mix, config.IPC, config.seed) == (0.4, 7, "off", "none", 2, 1)
-    assert parse("--config", file, "--ism", "live").mix == "mixup"
+    assert parse("--config", file, "--ism", "live", "--dataset", "cub", "--pretrained").mix == "mixup"
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,10 @@ def kept_positions(labels: np.ndarray, numbers: int, cache_bytes: int, seed: int
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
     # The first images of every class, then the second ones, and so on: a draw with equal shares.
-    counts = np.zeros(int(labels.max()) + 1, np.int64)
     turn = np.empty(len(labels), np.int64)
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.flatnonzero(np.diff(labels[by_class], prepend=labels[by_class][0] - 1))
     turn[by_class] = np.arange(len(labels)) - np.repeat(starts, np.diff(np.append(starts, len(labels))))
-    del counts
     return np.sort(order[np.argsort(turn[order], kind="stable")][:most])
 
 

@@ -32,6 +32,10 @@ class Looked(nn.Module):
             with torch.autocast(images.device.type, enabled=False):
                 return output, depth_vector(self.layers, self._watcher.maps, output.semantic)
 
+    def close(self) -> None:
+        """The network is watched no more."""
+        self._watcher.remove()
+
 
 class Introspected(nn.Module):
     """A network and its introspection.

@@ -24,6 +24,7 @@ from idml.introspection.heads import Heads
 from idml.introspection.layers import Layers
 from idml.introspection.novelty import Novelty
 from idml.introspection.refusal import Promise, promised, set_threshold
+from idml.metrics.uncertainty import auroc
 
 Task = Literal["classification", "retrieval"]
 
@@ -137,6 +138,12 @@ class Introspection(nn.Module):
             ValueError: a share out of range, or nothing was held out.
         """
         return promised(self.held_p_wrong, self.held_wrong, max_risk=max_risk, confidence=confidence)
+
+    def held_out_auroc(self) -> float:
+        """The probability that P(wrong) is higher for a held-out image that was answered wrongly than for one that was
+        answered rightly; of a retrieval model, for the nearest neighbours. NaN where there are none of both."""
+        wrong = self.held_wrong
+        return auroc(self.held_p_wrong[wrong].cpu(), self.held_p_wrong[~wrong].cpu())
 
     def set_threshold(self, coverage: float) -> float | None:
         """Least probability of the classes that are named so that the true one is among them; None: not to be had."""

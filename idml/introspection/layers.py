@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from idml.errors import UserError, nearest
 
@@ -216,7 +217,7 @@ def _classifier(output: Any, seen: list[tuple[str, Tensor, Tensor]], modules: di
 
 
 class Watcher:
-    """Keeps what the chosen modules give in a forward pass. Hooks stay for good, so that exports trace them too.
+    """Keeps what the chosen modules give in a forward pass. Hooks stay until ``remove``, so that exports trace them too.
 
     Args:
         network: that is watched.
@@ -228,11 +229,12 @@ class Watcher:
         self.maps: dict[str, Tensor] = {}
         self.features: Tensor | None = None
         self.active = False
+        self._handles: list[RemovableHandle] = []
         modules = dict(network.named_modules())
         for layer in layers.maps:
-            modules[layer.name].register_forward_hook(self._keep(layer.name))
+            self._handles.append(modules[layer.name].register_forward_hook(self._keep(layer.name)))
         if layers.features_of:
-            modules[layers.features_of].register_forward_pre_hook(self._keep_input)
+            self._handles.append(modules[layers.features_of].register_forward_pre_hook(self._keep_input))
 
     def _keep(self, name: str) -> Any:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
@@ -244,6 +246,11 @@ class Watcher:
     def _keep_input(self, _module: nn.Module, given: tuple[Any, ...]) -> None:
         if self.active:
             self.features = given[0].flatten(1)
+
+    def remove(self) -> None:
+        """The network is watched no more."""
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
