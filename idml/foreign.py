@@ -19,7 +19,6 @@ from idml.introspection.layers import find_layers, logits_of
 from idml.models import ClassifierOutput
 from idml.runtime import evaluation_mode
 
-
 INSIDE = "module."
 """What stands before the names of a module of others in the network that wraps it."""
 

@@ -84,7 +84,8 @@ def introspect(
         train = _dataset(train_images, train_labels, square, "train_images")
     place = choose_device(device)
     network = ForeignClassifier(_copied(module)).to(place).eval().requires_grad_(False)
-    some = torch.from_numpy(held_out.subset(np.arange(TRIED) % len(held_out)).images).permute(0, 3, 1, 2)
+    assert held_out.images is not None
+    some = torch.from_numpy(held_out.images[np.arange(TRIED) % len(held_out)]).permute(0, 3, 1, 2)
     count = network.try_out(normalise(some.to(place), square.mean, square.std), layers)
     names = tuple(map(str, range(count))) if classes is None else tuple(composed(str(name)) for name in classes)
     if len(names) != count:
@@ -161,15 +162,22 @@ def _dataset(images: Images, labels: Any, square: Preprocessing, what: str) -> I
     numbers = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if numbers.ndim != 1 or (numbers.dtype.kind not in "iu" and numbers.size):
         raise UserError(f"expected labels (N,) of integers, got {numbers.dtype} of shape {numbers.shape}")
-    rows = [as_evaluated(image, square).permute(1, 2, 0).numpy() for image in _each(images)]
-    if len(rows) != len(numbers):
-        raise UserError(f"expected a label for each of the {len(rows)} {what}, got {len(numbers)}")
-    if not rows:
-        raise UserError(f"expected at least one of {what}, got none")
-    return ImageDataset(labels=numbers.astype(np.int64), classes=(), images=np.stack(rows))
+    if not len(numbers):
+        raise UserError(f"expected at least one of {what} with its label, got none")
+    planes = np.empty((len(numbers), 3, square.image_size, square.image_size), np.uint8)
+    count = 0
+    for count, image in enumerate(_each(images), 1):
+        if count <= len(planes):
+            planes[count - 1] = as_evaluated(image, square).numpy()
+    if count != len(numbers):
+        raise UserError(f"expected a label for each of the {count} {what}, got {len(numbers)}")
+    # As loaders take them, without a copy: see ``idml.data.torch_loader``.
+    return ImageDataset(labels=numbers.astype(np.int64), classes=(), images=planes.transpose(0, 2, 3, 1))
 
 
 def _check_labels(dataset: ImageDataset, count: int, what: str) -> None:
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
     if low < 0 or high >= count:
-        raise UserError(f"expected {what} from 0 to {count - 1}, for the module gives {count} logits; got {low} to {high}")
+        raise UserError(
+            f"expected {what} from 0 to {count - 1}, for the module gives {count} logits; got {low} to {high}"
+        )

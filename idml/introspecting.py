@@ -101,7 +101,9 @@ class Reading:
         given = output.semantic if logits is None else logits
         bad = int((~torch.isfinite(given).all(1)).sum())
         if bad:
-            raise UserError(f"the network gives numbers that are not finite for {bad} of {len(given)} images of a batch")
+            raise UserError(
+                f"the network gives numbers that are not finite for {bad} of {len(given)} images of a batch"
+            )
         nothing = vector.new_zeros(len(vector), 0)
         if logits is not None:
             return vector, nothing, logits

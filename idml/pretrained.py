@@ -53,7 +53,7 @@ def with_weights_preprocessing(
         return preprocessing
     expected = _of_timm(config.model)
     if config.pretrained != "timm":
-        expected |= _of_file(weights_file(config.pretrained))
+        expected |= of_file(weights_file(config.pretrained))
     if preprocessing.fit == "whole" or config.dataset in PROTOCOL:
         expected = {name: expected[name] for name in ("mean", "std") if name in expected}
     result = _replaced(preprocessing, expected, config.pretrained)
@@ -99,7 +99,7 @@ def _of_timm(model: str) -> dict[str, Any]:
     return recognised(dataclasses.asdict(recorded))
 
 
-def _of_file(path: Path) -> dict[str, Any]:
+def of_file(path: Path) -> dict[str, Any]:
     """What a file of weights says of their preprocessing, if anything.
 
     A checkpoint of this project has it; timm's hub has it in ``config.json`` beside the file; the checkpoints of timm's

@@ -24,6 +24,8 @@ PREFERRED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch.compile, FSDP and activation checkpointing add to names, anywhere in them; no program calls a layer so."""
 
+KEY_FLAG = "--pretrained-key"
+
 SHOWN = 5
 """Names of tensors that a message gives."""
 
@@ -55,7 +57,7 @@ class Group:
 
 
 def find_group(
-    content: Mapping[Any, Any], own: Collection[str], key: str | None, path: Path
+    content: Mapping[Any, Any], own: Collection[str], key: str | None, path: Path, *, flag: str = KEY_FLAG
 ) -> tuple[Group, tuple[str, ...]]:
     """The tensors of a file that are the model's weights.
 
@@ -64,6 +66,7 @@ def find_group(
         own: names of the model's tensors.
         key: the entry to take, or the prefix; None takes the one that most names fit, an average before others.
         path: of the file, for the error.
+        flag: by which a key is given.
 
     Returns:
         (these tensors; labels of others that would do as well).
@@ -80,14 +83,13 @@ def find_group(
         if not chosen:
             labels = _names(sorted(group.label for group in groups if group.label), most=20)
             there = f"it has {labels}" if labels else "its tensors are under no entry"
-            raise UserError(f"--pretrained-key {key}: {path} has no such weights: {there}")
+            raise UserError(f"{flag} {key}: {path} has no such weights: {there}")
     most = max(group.fits for group in chosen)
     best = sorted((group for group in chosen if group.fits == most), key=lambda group: group.rank)
     equal = [group.label for group in best if group.rank == best[0].rank and group.label]
     if most and len(equal) > 1:
         raise UserError(
-            f"{path} has the model's weights more than once, as {' and '.join(equal)}: say which with --pretrained-key "
-            f"{equal[0]}"
+            f"{path} has the model's weights more than once, as {' and '.join(equal)}: say which with {flag} {equal[0]}"
         )
     if not most:
         best.sort(key=lambda group: (-len(group.tensors), group.rank))
@@ -142,16 +144,17 @@ def _names(names: Collection[str], most: int = SHOWN) -> str:
     return ", ".join(shown) + (", ..." if len(names) > most else "")
 
 
-def told(group: Group, others: tuple[str, ...], unused: Collection[str], path: Path) -> str:
+def told(group: Group, others: tuple[str, ...], unused: Collection[str], path: Path, *, flag: str = KEY_FLAG) -> str:
     """The line that says what is loaded.
 
     Args:
         group, others: as ``find_group`` gave them.
         unused: names of tensors that were not loaded.
         path: of the file.
+        flag: by which another key is given.
     """
     verb = "is" if len(others) == 1 else "are"
-    also = f" ({', '.join(others)} {verb} there too: --pretrained-key {others[0]})" if others else ""
+    also = f" ({', '.join(others)} {verb} there too: {flag} {others[0]})" if others else ""
     left = f"; left out: {_names(unused)} ({len(unused)} tensors)" if unused else ""
     return f"weights: {group.label + ' of ' if group.label else ''}{path}{also}{left}"
 
@@ -176,7 +179,9 @@ def problems_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], ignore
     return sorted(problems)
 
 
-def misfit(problems: list[str], group: Group, own: Collection[str], content: Mapping[Any, Any]) -> str:
+def misfit(
+    problems: list[str], group: Group, own: Collection[str], content: Mapping[Any, Any], *, optional: bool = True
+) -> str:
     """The end of the error for weights that do not fit: what is wrong, and what the file holds instead.
 
     Args:
@@ -184,6 +189,7 @@ def misfit(problems: list[str], group: Group, own: Collection[str], content: Map
         group: what was found.
         own: names of the model's tensors.
         content: of the file, for the architecture that it names.
+        optional: whether some may be left to chance, as in training.
     """
     count = len(group.tensors) + len(group.left_out)
     where = f" under {group.label}" if group.label else ""
@@ -194,7 +200,5 @@ def misfit(problems: list[str], group: Group, own: Collection[str], content: Map
     if not group.fits:
         return f"none of its tensors has a name of the model's ({_names(own)}); {held}"
     more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return (
-        f"{'; '.join(problems[:10])}{more}; {held}. To start from random weights in their place, name their prefixes "
-        "with --pretrained-allow-missing"
-    )
+    advice = ". To start from random weights in their place, name their prefixes with --pretrained-allow-missing"
+    return f"{'; '.join(problems[:10])}{more}; {held}{advice if optional else ''}"

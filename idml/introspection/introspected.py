@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idml.introspection.depths import depth_vector
+from idml.introspection.depths import joined, map_vector
 from idml.introspection.introspection import Introspection
 from idml.introspection.layers import Layers, Watcher
 
@@ -23,14 +23,14 @@ class Looked(nn.Module):
     def __init__(self, network: nn.Module, layers: Layers) -> None:
         super().__init__()
         self.network, self.layers = network, layers
-        self._watcher = Watcher(network, layers)
+        self._watcher = Watcher(network, layers, map_vector)
 
     def forward(self, images: Tensor) -> tuple[Any, Tensor]:
         """(what the network gives, (B, F) float32)."""
         with self._watcher.watching():
             output = self.network(images)
             with torch.autocast(images.device.type, enabled=False):
-                return output, depth_vector(self.layers, self._watcher.maps, output.semantic)
+                return output, joined(self.layers, self._watcher.maps, output.semantic)
 
     def close(self) -> None:
         """The network is watched no more."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -217,29 +217,37 @@ def _classifier(output: Any, seen: list[tuple[str, Tensor, Tensor]], modules: di
 
 
 class Watcher:
-    """Keeps what the chosen modules give in a forward pass. Hooks stay until ``remove``, so that exports trace them too.
+    """Keeps what the chosen modules give in a forward pass. Hooks stay until ``remove``: exports trace them too.
 
     Args:
         network: that is watched.
         layers: of it.
+        look: what is kept of a map: by default all of it. Done at once, so that the map's memory can be used again.
+
+    Attributes:
+        maps: name of a layer -> what is kept of its output.
+        features: (B, D), what went into the module ``features_of``.
     """
 
-    def __init__(self, network: nn.Module, layers: Layers) -> None:
-        self.layers = layers
+    def __init__(
+        self, network: nn.Module, layers: Layers, look: Callable[[Tensor, Kind], Tensor] | None = None
+    ) -> None:
+        self.layers, self._look = layers, look
         self.maps: dict[str, Tensor] = {}
         self.features: Tensor | None = None
         self.active = False
         self._handles: list[RemovableHandle] = []
         modules = dict(network.named_modules())
         for layer in layers.maps:
-            self._handles.append(modules[layer.name].register_forward_hook(self._keep(layer.name)))
+            self._handles.append(modules[layer.name].register_forward_hook(self._keep(layer)))
         if layers.features_of:
             self._handles.append(modules[layers.features_of].register_forward_pre_hook(self._keep_input))
 
-    def _keep(self, name: str) -> Any:
+    def _keep(self, layer: Layer) -> Any:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
             if self.active:
-                self.maps[name] = output[0] if isinstance(output, (tuple, list)) else output
+                output = output[0] if isinstance(output, (tuple, list)) else output
+                self.maps[layer.name] = output if self._look is None else self._look(output, layer.kind)
 
         return hook
 
