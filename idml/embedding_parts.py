@@ -1,4 +1,4 @@
-"""Parts of a file of embeddings that is being made: what a stopped ``python -m idml embed`` goes on from."""
+"""Parts of a file that is made of images: what a stopped ``embed``, ``predict`` or ``introspect`` goes on from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import hashlib
 import json
 import math
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from idml import distributed
 from idml._version import __version__
 from idml.data.collection import Collection
+from idml.data.image_dataset import ImageDataset
 from idml.data.pixels import PIXELS_VERSION
 from idml.embedding_file import Columns, written_whole
 from idml.trained import TrainedModel
@@ -48,7 +52,7 @@ class Parts:
 
     def write(self, number: int, columns: Columns) -> None:
         """Store a part; StorageError where the disk does not take it."""
-        assert len(columns["embedding"]) == len(self.rows[number])
+        assert _length(columns) == len(self.rows[number])
         arrays: dict[str, Any] = dict(columns)
         with written_whole(self.path(number)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
@@ -60,7 +64,7 @@ class Parts:
                 columns = {name: arrays[name] for name in arrays.files}
         except (zipfile.BadZipFile, EOFError, KeyError) as error:
             raise ValueError(f"{self.path(number)} is damaged: {error}") from None
-        if len(columns.get("embedding", ())) != len(self.rows[number]):
+        if _length(columns) != len(self.rows[number]):
             raise ValueError(f"{self.path(number)} is not of as many images as it should be")
         return columns
 
@@ -94,8 +98,67 @@ class Parts:
         return sorted([*self.folder.glob("????????????????-??????.npz"), *self.folder.glob(".*.npz.*.tmp")])
 
 
-def parts_key(model: TrainedModel, collection: Collection, batch_size: int) -> str:
-    """16 hexadecimal digits that change with the model, and with the list of images, their sizes and times."""
+def _length(columns: Columns) -> int:
+    return len(next(iter(columns.values()), ()))
+
+
+def begin_parts(parts: Parts, what: str) -> list[int]:
+    """Numbers of the parts that are there already, and a line that says so.
+
+    Args:
+        parts: of a file.
+        what: was done with the images, for the line.
+    """
+    others = parts.others()
+    done = parts.begin()
+    if others:
+        print(f"{others} parts in {parts.folder} were of another model or of other images: not used, removed")
+    if done:
+        print(f"going on: {sum(len(parts.rows[number]) for number in done)} images were {what} before", flush=True)
+    return done
+
+
+def make_parts(
+    parts: Parts,
+    done: Sequence[int],
+    dataset: ImageDataset,
+    columns: Callable[[ImageDataset], Iterator[Columns]],
+    *,
+    doing: str,
+    verbose: bool,
+) -> None:
+    """This rank's share of the parts that are not there yet.
+
+    Args:
+        parts: of a file about ``dataset``.
+        done: numbers of the parts that are there.
+        dataset: all of the images.
+        columns: of some of them, in batches of the size that ``parts`` was made for.
+        doing: what the progress bar says.
+        verbose: draw it.
+    """
+    missing = sorted(set(range(len(parts.rows))) - set(done))
+    own = missing[distributed.rank() :: distributed.world_size()]
+    if not own:
+        return
+    # Parts are whole numbers of batches, but for the last one of all: one loader's batches are theirs.
+    chosen = dataset.subset(np.concatenate([np.array(parts.rows[number]) for number in own]))
+    quiet = None if verbose and distributed.is_main() else True
+    waiting: list[Columns] = []
+    numbers = iter(own)
+    number = next(numbers)
+    with tqdm(total=len(chosen), desc=doing, unit="image", leave=False, disable=quiet) as progress:
+        for batch in columns(chosen):
+            waiting.append(batch)
+            progress.update(_length(batch))
+            if sum(map(_length, waiting)) == len(parts.rows[number]):
+                parts.write(number, {name: np.concatenate([each[name] for each in waiting]) for name in waiting[0]})
+                waiting, number = [], next(numbers, -1)
+
+
+def parts_key(model: TrainedModel, collection: Collection, batch_size: int, *more: Any) -> str:
+    """16 hexadecimal digits that change with the model, with the list of images, their sizes and times, and with
+    ``more`` plain values."""
     digest = hashlib.sha256()
     about = [
         __version__,
@@ -105,6 +168,7 @@ def parts_key(model: TrainedModel, collection: Collection, batch_size: int) -> s
         batch_size,
         model.spec.as_json(),
         collection.source,
+        *more,
     ]
     digest.update(json.dumps([about, collection.names, collection.splits, collection.labels], default=str).encode())
     if collection.dataset.images is not None:

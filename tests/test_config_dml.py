@@ -34,7 +34,7 @@ RELEASED = {
     "model": "resnet50", "gpu": None, "temperature": 5.0, "mix_alpha": 1.0, "pool": "avg+max", "batch_size": 120,
 }  # fmt: skip
 OURS = {
-    "ism": "live", "mix": "mixup", "uncertainty_dim": 512, "dataset": "emoji-mini", "pretrained": None,
+    "ism": "live", "mix": "none", "uncertainty_dim": 512, "dataset": "emoji-mini", "pretrained": None,
     "precision": "fp32", "nmi": True, "ks": [1, 2, 4, 8], "lone_queries": "miss", "eval_only": False,
     "bn_freeze": 0,
 }  # fmt: skip

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from idml import distributed
 from idml._version import __version__
 from idml.commands.options import ImageOptions, open_images, open_model, parse
 from idml.config import option
 from idml.data.collection import Collection
+from idml.data.image_dataset import ImageDataset
 from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import Columns, Format, pyarrow, write_table
-from idml.embedding_parts import Parts, parts_key
+from idml.embedding_parts import Parts, begin_parts, make_parts, parts_key
 from idml.errors import UserError
 from idml.introspection.introspection import BELIEF_DIM
 from idml.signals import StopSignals
@@ -63,8 +63,13 @@ def embed(arguments: Sequence[str]) -> None:
         )
         signals.message = f"stopped; finished parts are in {parts.folder}. Give the same command again to go on"
         started = time.perf_counter()
-        done = distributed.from_main(lambda: _begin(parts, config.overwrite))
-        _make_parts(model, collection, parts, done, config)
+        done = distributed.from_main(lambda: begin_parts(parts, "embedded"))
+
+        def columns(dataset: ImageDataset) -> Iterator[Columns]:
+            for found in model.embed_dataset(dataset, batch_size=config.batch_size, workers=config.workers):
+                yield columns_of(found, model)
+
+        make_parts(parts, done, collection.dataset, columns, doing="embedding", verbose=config.verbose)
         distributed.barrier()
         if distributed.is_main():
             about = describe(model, collection)
@@ -116,40 +121,6 @@ def check_new_file(path: Path, flag: str, *, overwrite: bool) -> None:
         raise UserError(f"{flag} {path}: cannot make the folder {path.parent}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to")
-
-
-def _begin(parts: Parts, overwrite: bool) -> list[int]:
-    """Numbers of the parts that are there already, and a line that says so."""
-    others = parts.others()
-    done = parts.begin()
-    if others:
-        print(f"{others} parts in {parts.folder} were of another model or of other images: not used, removed")
-    if done:
-        print(f"going on: {sum(len(parts.rows[number]) for number in done)} images were embedded before", flush=True)
-    return done
-
-
-def _make_parts(
-    model: TrainedModel, collection: Collection, parts: Parts, done: Sequence[int], config: EmbedOptions
-) -> None:
-    """This rank's share of the parts that are not there yet."""
-    missing = sorted(set(range(len(parts.rows))) - set(done))
-    own = missing[distributed.rank() :: distributed.world_size()]
-    if not own:
-        return
-    # Parts are whole numbers of batches, but for the last one of all: one loader's batches are theirs.
-    dataset = collection.dataset.subset(np.concatenate([np.array(parts.rows[number]) for number in own]))
-    quiet = None if config.verbose and distributed.is_main() else True
-    waiting: list[Columns] = []
-    numbers = iter(own)
-    number = next(numbers)
-    with tqdm(total=len(dataset), desc="embedding", unit="image", leave=False, disable=quiet) as progress:
-        for embeddings in model.embed_dataset(dataset, batch_size=config.batch_size, workers=config.workers):
-            waiting.append(columns_of(embeddings, model))
-            progress.update(len(embeddings))
-            if sum(len(each["embedding"]) for each in waiting) == len(parts.rows[number]):
-                parts.write(number, {name: np.concatenate([each[name] for each in waiting]) for name in waiting[0]})
-                waiting, number = [], next(numbers, -1)
 
 
 def columns_of(embeddings: Embeddings, model: TrainedModel) -> Columns:

@@ -96,8 +96,13 @@ class Novelty(nn.Module):
 
     @torch.no_grad()
     def rank(self, strangeness: Tensor) -> None:
-        """Take the strangeness of N known images, which were not fitted to, as the measure of what is strange."""
-        steps = (torch.arange(len(self.table)) + 1) / (len(self.table) + 1)
-        # Of two neighbours the higher one: novelty is never said to be higher than it is.
-        values = torch.quantile(strangeness.double(), steps.double(), interpolation="higher")
-        self.table.copy_(values)
+        """Take the strangeness of N known images, which were not fitted to, as the measure of what is strange.
+
+        Novelty is k / (N + 1) where k of them are less strange, rounded down to a step: with the new image counted among
+        the known ones, as a conformal p-value has it, no image is ever said to be stranger than N / (N + 1).
+        """
+        ordered, count = strangeness.sort().values, len(strangeness)
+        steps = torch.arange(1, len(self.table) + 1)
+        needed = -((-steps * (count + 1)) // len(self.table))  # rounded up
+        known = needed <= count
+        self.table.copy_(torch.where(known, ordered[(needed - 1).clamp(max=count - 1)], torch.inf))

@@ -110,7 +110,7 @@ def set_threshold(true_probability: Tensor, coverage: float) -> float | None:
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must be between 0 and 1, got {coverage}")
     count = len(true_probability)
-    rank = math.floor((1 - coverage) * (count + 1))  # of the ascending probabilities
+    rank = math.floor((1 - coverage) * (count + 1) + 1e-9)  # of the ascending probabilities; 1 - 0.8 is not quite 0.2
     return None if rank < 1 else true_probability.double().sort().values[rank - 1].item()
 
 
