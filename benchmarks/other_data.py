@@ -20,7 +20,9 @@ COUNT = 2_000
 
 def clothes(*, size: int = 28) -> tuple[np.ndarray, np.ndarray]:
     """(10,000, size, size) test images of Fashion-MNIST, and their labels."""
-    images, labels = (read_idx(FASHION_MNIST / f"t10k-{kind}.gz") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    images, labels = (
+        read_idx(FASHION_MNIST / f"t10k-{kind}.gz") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    )
     return images, labels
 
 

@@ -21,6 +21,7 @@ from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
 from idml.embedder import IntrospectiveEmbedder
 from idml.errors import UserError
+from idml.foreign import ForeignClassifier
 from idml.metrics.classification import classification_metrics, concatenate, predictions_of, uncertainty_metrics
 from idml.metrics.uncertainty import selective_metrics
 from idml.models import ClassifierOutput, IntrospectiveClassifier
@@ -109,20 +110,24 @@ def of_folder(collection: Collection, model: TrainedModel, split: str | None) ->
         folders = ", ".join(sorted(there)) or "no folders of splits (train, test)"
         raise UserError(f"--split {split}: {collection.source} has {folders}")
     if split is None and model.task == "retrieval" and {"query", "gallery"} <= there:
-        query, gallery = (_of_split(collection, name).dataset for name in ("query", "gallery"))
+        query, gallery = (labelled_images(collection, name).dataset for name in ("query", "gallery"))
         return Tested(dataset=query, gallery=gallery, name=f"query images of {collection.source} in its gallery")
     chosen = split or next((name for name in ("test", "val") if name in there), None)
-    part = _of_split(collection, chosen)
+    part = labelled_images(collection, chosen)
     name = f"{'all' if chosen is None else chosen} images of {collection.source}"
     if model.task == "retrieval":
         if np.bincount(part.dataset.labels).max() < 2:
             raise UserError(f"{name}: no class has two images, so nothing can be found")
         return Tested(dataset=part.dataset, name=name)
-    return Tested(dataset=_labelled_as(part, model), name=name)
+    return Tested(dataset=labelled_as(part, model.classes), name=name)
 
 
-def _of_split(collection: Collection, split: str | None) -> Collection:
-    """The images of a split, or of all, that have a label; warns of those without."""
+def labelled_images(collection: Collection, split: str | None = None) -> Collection:
+    """The images of a split, or of all, that have a label; warns of those without.
+
+    Raises:
+        UserError: there are none.
+    """
     inside = np.ones(len(collection), bool) if split is None else np.array(collection.splits) == split
     labelled = collection.dataset.labels >= 0
     without = int((inside & ~labelled).sum())
@@ -135,20 +140,20 @@ def _of_split(collection: Collection, split: str | None) -> Collection:
     return collection.subset(np.flatnonzero(inside & labelled))
 
 
-def _labelled_as(collection: Collection, model: TrainedModel) -> ImageDataset:
-    """The images with their labels as positions in the model's classes; UserError for a class that it does not know."""
-    position = {name: label for label, name in enumerate(model.classes)}
+def labelled_as(collection: Collection, classes: Sequence[str]) -> ImageDataset:
+    """Labelled images, with their labels as positions in a model's classes; UserError for a class that is not there."""
+    position = {name: label for label, name in enumerate(classes)}
     used = [collection.dataset.classes[label] for label in np.unique(collection.dataset.labels)]
     unknown = [name for name in used if name not in position]
     if unknown:
-        more = ", ..." if len(model.classes) > 5 else ""
+        more = ", ..." if len(classes) > 5 else ""
         raise UserError(
             f"{collection.source} has {len(unknown)} classes that the model was not trained on: "
-            f"{', '.join(unknown[:5])}; it knows {len(model.classes)}: {', '.join(model.classes[:5])}{more}"
+            f"{', '.join(unknown[:5])}; it knows {len(classes)}: {', '.join(classes[:5])}{more}"
         )
     renamed = np.array([position.get(name, -1) for name in collection.dataset.classes], np.int64)
     return dataclasses.replace(
-        collection.dataset, labels=renamed[collection.dataset.labels], classes=model.classes, origin=None
+        collection.dataset, labels=renamed[collection.dataset.labels], classes=tuple(classes), origin=None
     )
 
 
@@ -159,12 +164,12 @@ def classifier_figures(
     """Figures of a classifier.
 
     Returns:
-        Those of ``classification_metrics`` and, unless ISM is off, ``uncertainty_metrics``, under the names that
-        ``results.json`` of a run has; and ``scores``: for each of ``classifier_scores`` its ``error_auroc``, ``aurc``
+        Those of ``classification_metrics`` and ``uncertainty_metrics``, under the names that ``results.json`` of a run
+        has; and ``scores``: for each of ``classifier_scores`` its ``error_auroc``, ``aurc``
         and ``e_aurc``.
     """
     network = model.network
-    assert isinstance(network, IntrospectiveClassifier)
+    assert isinstance(network, (IntrospectiveClassifier, ForeignClassifier))
     loader = model.loader(tested.dataset, batch_size=batch_size, workers=workers)
     generator = torch.Generator().manual_seed(0)
     batches, scores = [], []
@@ -176,8 +181,7 @@ def classifier_figures(
         scores.append(classifier_scores(network, output, generator))
     predictions = concatenate(batches)
     figures: dict[str, Any] = classification_metrics(predictions, len(model.classes))
-    if model.spec.ism != "off":
-        figures |= uncertainty_metrics(predictions)
+    figures |= uncertainty_metrics(predictions)
     right = predictions.predicted == predictions.label
     joined: dict[str, Tensor] = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
     own = model.score_name

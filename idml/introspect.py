@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from idml.errors import UserError
 from idml.foreign import INSIDE, ForeignClassifier
 from idml.foreign_weights import cut_origin, timm_preprocessing
 from idml.given_images import Images, as_pil
-from idml.introspecting import TRIED, introspect_network
+from idml.introspecting import introspect_network, some_images
 from idml.introspection.features import CACHE_BYTES
 from idml.runtime import choose_device
 from idml.spec import ModelSpec
@@ -84,9 +83,8 @@ def introspect(
         train = _dataset(train_images, train_labels, square, "train_images")
     place = choose_device(device)
     network = ForeignClassifier(_copied(module)).to(place).eval().requires_grad_(False)
-    assert held_out.images is not None
-    some = torch.from_numpy(held_out.images[np.arange(TRIED) % len(held_out)]).permute(0, 3, 1, 2)
-    count = network.try_out(normalise(some.to(place), square.mean, square.std), layers)
+    some = some_images(held_out, square).to(place)
+    count = network.try_out(normalise(some, square.mean, square.std), layers)
     names = tuple(map(str, range(count))) if classes is None else tuple(composed(str(name)) for name in classes)
     if len(names) != count:
         raise UserError(f"the module gives {count} logits, and there are {len(names)} classes")

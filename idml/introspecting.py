@@ -66,9 +66,7 @@ class Reading:
         self.task, self.preprocessing, self.precision = task, preprocessing, precision
         parameter = next(network.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        positions = np.arange(TRIED) % len(some)
-        images = self.loader(some.subset(np.arange(min(TRIED, len(some))))).images_at(positions.tolist())
-        self.layers = find_layers(network, self._prepared(images), names)
+        self.layers = find_layers(network, self._prepared(some_images(some, preprocessing)), names)
         self._look = Looked(network, self.layers)
 
     def numbers(self, classes: int, dimensions: int) -> int:
@@ -77,17 +75,7 @@ class Reading:
 
     def loader(self, dataset: ImageDataset, *, batch_size: int = BATCH_SIZE, **further: Any) -> TorchLoader:
         """Batches of a data set as evaluation shows them."""
-        square = self.preprocessing
-        return TorchLoader(
-            dataset,
-            batch_size=batch_size,
-            image_size=square.image_size,
-            train=False,
-            fit=square.fit,
-            crop_share=square.crop_share,
-            interpolation=square.interpolation,
-            **further,
-        )
+        return _loader(dataset, self.preprocessing, batch_size=batch_size, **further)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, S, S) uint8 -> (vectors (B, F), semantic (B, D) of a retrieval model, logits (B, C) of a classifier).
@@ -125,6 +113,24 @@ class Reading:
     def _prepared(self, images: Tensor) -> Tensor:
         square = self.preprocessing
         return normalise(images.to(self.device, non_blocking=True), square.mean, square.std)
+
+
+def some_images(dataset: ImageDataset, preprocessing: Preprocessing) -> Tensor:
+    """(``TRIED``, 3, S, S) uint8: the first images of a data set as evaluation shows them."""
+    first = dataset.subset(np.arange(min(TRIED, len(dataset))))
+    return _loader(first, preprocessing, batch_size=TRIED).images_at((np.arange(TRIED) % len(first)).tolist())
+
+
+def _loader(dataset: ImageDataset, preprocessing: Preprocessing, **further: Any) -> TorchLoader:
+    return TorchLoader(
+        dataset,
+        image_size=preprocessing.image_size,
+        train=False,
+        fit=preprocessing.fit,
+        crop_share=preprocessing.crop_share,
+        interpolation=preprocessing.interpolation,
+        **further,
+    )
 
 
 def introspect_network(

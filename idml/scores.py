@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idml.foreign import ForeignClassifier
 from idml.introspection.calibration import odds
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.similarity import class_sq_distances, introspective_exponent
@@ -20,7 +21,7 @@ INTROSPECTION_SCORES = ("P(wrong)", "novelty", "belief", "foreseen loss")
 
 @torch.no_grad()
 def classifier_scores(
-    model: IntrospectiveClassifier, output: ClassifierOutput, generator: torch.Generator
+    model: IntrospectiveClassifier | ForeignClassifier, output: ClassifierOutput, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Every score of a batch; high means "probably wrong".
 

@@ -5,6 +5,7 @@ Letters in shapes: N images, C classes, D semantic and E uncertainty dimensions,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ class TrainedModel:
         if self.introspection is not None:
             found |= {INTROSPECTION + name: value for name, value in self.introspection.state_dict().items()}
         return {name: value.contiguous() for name, value in found.items()}
+
+    def with_introspection(self, introspection: Introspection | None) -> TrainedModel:
+        """The same network with another introspection, or with none; this model is not to be used any more."""
+        if isinstance(self.whole, Introspected):
+            self.whole.close()
+        about = None if introspection is None else introspection.spec.as_json()
+        spec = dataclasses.replace(self.spec, introspection=about)
+        return TrainedModel(self.network, spec, device=self.device, source=self.source, introspection=introspection)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write all of it to a folder that ``load`` reads; whole or not at all.

@@ -29,6 +29,7 @@ FIGURES = {
     "nll": ("NLL", ".4f"),
     "ece": ("ECE", ".4f"),
     "error_ece": ("ECE of P(wrong)", ".4f"),
+    "coverage_at_5_risk": ("answered at 5 % risk", ".1%"),
 }
 """Figures of a classifier that are printed: key, name, format."""
 

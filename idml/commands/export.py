@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 from augment import normalise
 from idml.config import build_config, check_within, dump_config, option, parse_command_line
@@ -32,10 +31,11 @@ from idml.exporting import (
     output_names,
     written_whole,
 )
+from idml.loading import write_folder
 from idml.run import write_text
 from idml.runtime import seed_everything
 from idml.timm_folder import write_timm_folder
-from idml.trained import CONFIG, WEIGHTS, TrainedModel, load
+from idml.trained import CONFIG, TrainedModel, load
 
 Format = Literal["onnx", "torchscript", "safetensors", "timm"]
 
@@ -61,6 +61,9 @@ class ExportConfig:
         None, "folder of images that the export is compared with the model on; default: 16 inside the package"
     )
     overwrite: bool = option(False, "replace what is at --out")
+    trust_module: bool = option(
+        False, "let the function that the folder of a model of your own names make its network, which runs code"
+    )
     workers: int = option(4, "threads that decode them", "-j")
     threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")
 
@@ -82,7 +85,7 @@ def export(arguments: Sequence[str]) -> None:
         return
     checkpoint, kind, out = _check_options(config, set(file) | set(flags))
     seed_everything(0, threads=config.threads)
-    model = load(checkpoint, device="cpu")
+    model = load(checkpoint, device="cpu", trust_module=config.trust_module)
     if config.data_dir is None:
         images = example_images(model)
     else:
@@ -196,9 +199,7 @@ def write_torchscript(model: TrainedModel, place: Path, about: dict[str, Any], c
 
 def write_safetensors(model: TrainedModel, place: Path, about: dict[str, Any], config: ExportConfig) -> Runner:
     """Write a folder that ``idml.load`` reads; and read it."""
-    place.mkdir()
-    save_file(model.state(), place / WEIGHTS, metadata={"format": "pt"})
-    write_text(place / CONFIG, json.dumps(about, indent=2) + "\n")
+    write_folder(model, place, about)
     return _read_back(place, config)
 
 
@@ -221,7 +222,7 @@ def write_timm(model: TrainedModel, place: Path, about: dict[str, Any], config: 
 
 def _read_back(place: Path, config: ExportConfig) -> Runner:
     """The model in a folder, through the same graph as the other formats."""
-    graph = ExportedGraph(load(place, device="cpu"), config.input_type)
+    graph = ExportedGraph(load(place, device="cpu", trust_module=config.trust_module), config.input_type)
 
     @torch.inference_mode()
     def run(images: Any) -> dict[str, Any]:

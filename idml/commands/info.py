@@ -27,6 +27,9 @@ class InfoConfig:
         None, "run directory, checkpoint file, or folder that export wrote; may stand without --checkpoint too"
     )
     json: bool = option(False, "print JSON")
+    trust_module: bool = option(
+        False, "let the function that the folder of a model of your own names make its network, which runs code"
+    )
 
 
 def info(arguments: Sequence[str]) -> None:
@@ -44,7 +47,7 @@ def info(arguments: Sequence[str]) -> None:
         return
     if config.checkpoint is None:
         raise UserError("expected a checkpoint: python -m idml info runs/NAME")
-    about = describe_model(load(config.checkpoint, device="cpu"))
+    about = describe_model(load(config.checkpoint, device="cpu", trust_module=config.trust_module))
     print(json.dumps(about, indent=2) if config.json else as_text(about))
 
 

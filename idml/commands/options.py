@@ -22,6 +22,9 @@ class ModelOptions:
     """Options of every command that uses a model."""
 
     checkpoint: str | None = option(None, "run directory, checkpoint file, or folder that export wrote")
+    trust_module: bool = option(
+        False, "let the function that the folder of a model of your own names make its network, which runs code"
+    )
     device: str = option("auto", "auto (cuda, then mps, then cpu), cpu, cuda or mps")
     batch_size: int = option(64, "images that go through the network at once", "-b")
     workers: int = option(min(os.cpu_count() or 1, 8), "processes that decode images; default: one for each CPU", "-j")
@@ -61,7 +64,7 @@ def open_model(config: ModelOptions) -> TrainedModel:
     if config.checkpoint is None:
         raise UserError("--checkpoint is missing: a run directory, a checkpoint file, or a folder that export wrote")
     seed_everything(0, threads=config.threads)
-    model = load(config.checkpoint, device=config.device)
+    model = load(config.checkpoint, device=config.device, trust_module=config.trust_module)
     keep_freed_memory(model.device)
     return model
 

@@ -141,7 +141,7 @@ def _open_model(config: SearchOptions, table: EmbeddingTable, path: Path) -> Tra
     if source is None or (config.checkpoint is None and not Path(source).exists()):
         raise UserError(f"the model that {path} was made with is not at {source} any more: give it with --checkpoint")
     seed_everything(0, threads=config.threads)
-    model = load(source, device=config.device)
+    model = load(source, device=config.device, trust_module=config.trust_module)
     check_model(model, table, path)
     return model
 

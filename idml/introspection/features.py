@@ -70,6 +70,14 @@ def kept_positions(labels: np.ndarray, numbers: int, cache_bytes: int, seed: int
     return np.sort(order[np.argsort(turn[order], kind="stable")][:most])
 
 
+def kept_half(vectors: Tensor) -> Tensor:
+    """(B, F) float16 on the CPU.
+
+    It has no value above 65504: what is larger is as good as that, for inputs that are cut off at 5 deviations.
+    """
+    return vectors.half().cpu().nan_to_num(nan=0.0, posinf=65504.0, neginf=-65504.0)
+
+
 def read_features(batches: Iterable[tuple[Tensor, Tensor]], look: Callable[[Tensor], tuple[Tensor, ...]]) -> Features:
     """One pass over this rank's share of a data set; the features of all ranks, in the order of the data set.
 
@@ -81,8 +89,6 @@ def read_features(batches: Iterable[tuple[Tensor, Tensor]], look: Callable[[Tens
     with torch.inference_mode():
         for images, labels in batches:
             vectors, semantic, logits = look(images)
-            rows.append((vectors.half().cpu(), labels.cpu(), semantic.half().cpu(), logits.float().cpu()))
-    # float16 has no value above 65504: what is larger is as good as that, for inputs that are cut off at 5 deviations.
+            rows.append((kept_half(vectors), labels.cpu(), semantic.half().cpu(), logits.float().cpu()))
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    columns[0] = columns[0].nan_to_num(nan=0.0, posinf=65504.0, neginf=-65504.0)
     return Features(**dict(zip(_NAMES, gather_interleaved(columns), strict=True)))

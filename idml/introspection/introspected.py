@@ -50,6 +50,10 @@ class Introspected(nn.Module):
         self.network, self.introspection = network, introspection
         self._look = [Looked(network, introspection.spec.layers)]  # in a list: it is no second copy of the network
 
+    def close(self) -> None:
+        """The network is watched no more."""
+        self._look[0].close()
+
     def forward(self, images: Tensor) -> Any:
         """The network's output, with ``scores``."""
         output, vector = self._look[0](images)

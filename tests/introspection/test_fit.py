@@ -146,8 +146,8 @@ def test_what_a_network_has_memorised_is_not_learned_from() -> None:
     held_out = features(300, 0.2)
     memorised = fit.fit_classifier(layers, 10, features(300, 0.0), held_out)
     honest = fit.fit_classifier(layers, 10, features(300, 0.15), held_out)
-    assert not memorised.about["learned_from_training_images"] and memorised.about["images"] == 300
-    assert honest.about["learned_from_training_images"] and honest.about["images"] == 600
+    assert not memorised.about["training_images_learned_from"] and memorised.about["images"] == 300
+    assert honest.about["training_images_learned_from"] and honest.about["images"] == 600
 
 
 def test_heads_of_folds_are_computed_as_if_alone() -> None:
