@@ -2,6 +2,8 @@
 
 table RUN [RUN ...]                    one row per run directory
 info CHECKPOINT                        what a checkpoint is
+introspect --checkpoint C --out E ...  a trained model learns to say when it is wrong, and what is new to it
+predict --checkpoint C IMG [IMG ...]   classes of images, P(wrong), novelty, and whether to answer at all
 embed --checkpoint C --data-dir DIR    embeddings and uncertainty of images, as a Parquet file
 search --index E.parquet --query IMG   the images most like one
 audit --checkpoint C --data-dir DIR    a page that shows what a model is unsure of, and which labels look wrong
@@ -23,6 +25,8 @@ from idml.errors import UserError, nearest, run_main
 COMMANDS = {
     "table": "idml.tables:print_table",
     "info": "idml.commands.info:info",
+    "introspect": "idml.commands.introspect:introspect",
+    "predict": "idml.commands.predict:predict",
     "embed": "idml.commands.embed:embed",
     "search": "idml.commands.search:search",
     "audit": "idml.commands.audit:audit",

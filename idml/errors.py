@@ -57,7 +57,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not nobody_reads():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
@@ -90,7 +90,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _nobody_reads() -> bool:
+def nobody_reads() -> bool:
     """Whether what the output went to (head, say) has ended; a process that reads images breaks another pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno())

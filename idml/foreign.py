@@ -112,6 +112,8 @@ def build_foreign(origin: str, name: str, classes: int, arguments: Mapping[str, 
     Raises:
         UserError: there is no such model, or it cannot be made.
     """
+    make: Any
+    own: dict[str, Any]
     if origin == "timm":
         import timm
 
@@ -135,7 +137,7 @@ def build_foreign(origin: str, name: str, classes: int, arguments: Mapping[str, 
         with_these = f" with {dict(arguments)}" if arguments else ""
         raise UserError(f"the model {name} cannot be made{with_these}: {reason}") from error
     if not isinstance(made, nn.Module):
-        raise UserError(f"{name} does not make a torch.nn.Module, it gives a {type(made).__name__}")
+        raise UserError(f"{name} does not make a torch.nn.Module: it gives a {type(made).__name__}")
     return made
 
 

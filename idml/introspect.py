@@ -26,7 +26,7 @@ from idml.given_images import Images, as_pil
 from idml.introspecting import introspect_network, some_images
 from idml.introspection.features import CACHE_BYTES
 from idml.runtime import choose_device
-from idml.spec import ModelSpec
+from idml.spec import ModelSpec, Origin
 from idml.trained import TrainedModel
 
 USUAL_SIZE = 224
@@ -105,17 +105,17 @@ def introspect(
     described = fitted.introspection.spec
     if described.note:
         warnings.warn(f"P(wrong) is not calibrated: {described.note}", UserWarning, stacklevel=2)
-    origin, name = ("module", "") if made_by is None else cut_origin(made_by)
+    made: tuple[Origin, str] = ("module", "") if made_by is None else cut_origin(made_by)
     spec = ModelSpec(
         task="classification",
-        model=name,
+        model=made[1],
         model_kwargs={},
         classes=names,
         preprocessing=square,
         ism="off",
         uncertainty_dim=1,
         method=type(module).__name__,
-        origin=origin,
+        origin=made[0],
         features_of=network.features_of,
         feature_dim=network.feature_dim,
         introspection=described.as_json(),

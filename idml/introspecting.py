@@ -6,6 +6,7 @@ Letters in shapes: B images, S pixels, F numbers of the depth vector, D semantic
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,12 +165,12 @@ def introspect_network(
         seed: of all that is drawn.
 
     Returns:
-        What was fitted; ``about`` has the figures of ``fit_features``.
+        What was fitted; ``about`` has the figures of ``fit_features``, and the ``seconds`` of all of it.
 
     Raises:
         UserError: the network has no layer to look at; or in retrieval, no training images were given.
     """
-    given = check_given(task, train, held_out)
+    given, started = check_given(task, train, held_out), time.perf_counter()
     with evaluation_mode(network):
         reading = Reading(network, task, preprocessing, given[0], names=names, precision=precision)
         try:
@@ -184,7 +185,7 @@ def introspect_network(
             reading.close()
     fitted = distributed.from_main(lambda: fit_features(reading.layers, task, classes, trained, held, seed))
     fitted.introspection.to(reading.device)
-    return fitted
+    return Fitted(fitted.introspection, fitted.about | {"seconds": round(time.perf_counter() - started, 2)})
 
 
 def check_given(task: Task, train: ImageDataset | None, held_out: ImageDataset | None) -> list[ImageDataset]:

@@ -14,8 +14,8 @@ from idml.data.collection import Collection
 from idml.data.image_dataset import ImageDataset
 from idml.errors import UserError
 from idml.evaluating import labelled_as, labelled_images
-from idml.introspection.introspection import Task
 from idml.introspecting import check_given, chosen_images
+from idml.introspection.introspection import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,7 @@ class Divided:
         held, known = chosen_images(train, held_out, numbers, cache_bytes, seed)
         order = np.concatenate([self.held_out[held], self.train[known]])
         places = np.arange(len(order))
-        return Divided(
-            images=self.images.subset(order), held_out=places[: len(held)], train=places[len(held) :]
-        )
+        return Divided(images=self.images.subset(order), held_out=places[: len(held)], train=places[len(held) :])
 
 
 def divided(collection: Collection, task: Task, classes: Sequence[str]) -> Divided:
@@ -76,11 +74,11 @@ def divided(collection: Collection, task: Task, classes: Sequence[str]) -> Divid
         names = np.array(labelled.labels)
         known = np.array([name in trained for name in names])
         if not known.any():
-            more = ", ..." if len(classes) > 5 else ""
+            known_ones = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise UserError(
                 f"no image of {collection.source} is of a class that the model was trained on ({len(classes)}: "
-                f"{', '.join(classes[:5])}{more}): a retrieval model is introspected with images of classes that it was "
-                "trained on, and calibrated on those of others"
+                f"{known_ones}): a retrieval model is introspected with images of its training classes, and calibrated "
+                "on those of others"
             )
         labels = np.empty(len(names), np.int64)
         for group in (known, ~known):

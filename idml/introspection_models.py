@@ -88,8 +88,8 @@ def foreign_model(
     count = network.try_out(normalise(some, square.mean, square.std), layers)
     if count != len(classes):
         raise UserError(
-            f"the model gives {count} logits, and there are {len(classes)} classes: name all of the model's classes with "
-            "--classes FILE, a line each"
+            f"the model gives {count} logits, and there are {len(classes)} classes: name all of the model's classes "
+            "with --classes FILE, a line each"
         )
     spec = ModelSpec(
         task="classification",

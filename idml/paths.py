@@ -11,14 +11,26 @@ from typing import Any
 from idml.data.names import composed
 
 READ_OPTIONS = frozenset(
-    {"config", "data_dir", "train_dir", "val_dir", "csv", "checkpoint", "pretrained", "resume", "index"}
+    {
+        "config",
+        "data_dir",
+        "train_dir",
+        "val_dir",
+        "csv",
+        "checkpoint",
+        "pretrained",
+        "resume",
+        "index",
+        "weights",
+        "classes",
+    }
 )
 """Options of all programs that name what is there already."""
 
 WRITTEN_OPTIONS = frozenset({"cache_dir", "output_dir", "out", "sheet"})
 """Options that name what is written."""
 
-PATH_LISTS = frozenset({"query"})
+PATH_LISTS = frozenset({"query", "files"})
 """Options that are lists of paths."""
 
 

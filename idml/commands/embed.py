@@ -130,7 +130,7 @@ def columns_of(embeddings: Embeddings, model: TrainedModel) -> Columns:
         columns["uncertainty_embedding"] = embeddings.uncertainty_embedding
     if embeddings.foreseen_loss is not None:
         columns["foreseen_loss"] = embeddings.foreseen_loss
-    if embeddings.novelty is not None:
+    if embeddings.novelty is not None and embeddings.coordinates is not None:
         columns["novelty"], columns["coordinates"] = embeddings.novelty, embeddings.coordinates
     if embeddings.belief is not None:
         columns["belief"] = embeddings.belief

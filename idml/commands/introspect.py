@@ -6,37 +6,38 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from idml import distributed
-from idml.commands.options import ImageOptions, parse
-from idml.config import check_name_values, check_positive, check_within, option
+from idml.commands.options import ImageOptions, open_model, parse
+from idml.config import check_name_values, check_positive, check_within, option, parse_name_values
 from idml.data.collection import read_collection
 from idml.data.image_dataset import Fit, ImageDataset, Interpolation
 from idml.embedding_file import Columns
 from idml.embedding_parts import Parts, begin_parts, make_parts, parts_key
 from idml.errors import UserError
 from idml.exporting import check_free
+from idml.foreign import INSIDE
 from idml.introspecting import Reading, fit_features
-from idml.introspection.features import CACHE_BYTES, Features
+from idml.introspection.features import CACHE_BYTES, Features, kept_half
 from idml.introspection.fit import Fitted
-from idml.introspection_images import Divided
-from idml.introspection_models import open_any, opened
-from idml.loading import check_rebuilt, save_model
+from idml.introspection.layers import Layers
+from idml.introspection_images import Divided, divided
+from idml.introspection_models import Foreign, foreign_model, read_classes
+from idml.introspection_report import coverage_text, fitted_text, promise_text
+from idml.loading import save_model
+from idml.runtime import choose_device, seed_everything
 from idml.signals import StopSignals
 from idml.trained import TrainedModel
 
 DESCRIPTION = """A trained model learns to say when it is wrong (P(wrong)), what is new to it (novelty), and when to
 refuse, by one pass over images; its answers stay as they are, to the bit. The model: a run, a checkpoint or an exported
-folder (--checkpoint), or a classifier of timm, torchvision or your own with its weights (--model, --weights). The images:
-DIR/[split/]<class>/*.jpg, of which those of a split train are taken for those that the model was trained on. Under
-torchrun the images are shared out; a stopped command goes on where it was when it is given again."""
+folder (--checkpoint), or a classifier of timm, torchvision or your own with its weights (--model, --weights). The
+images: DIR/[split/]<class>/*.jpg; those of a split train are taken for the model's training images, others for
+held-out ones. Under torchrun the images are shared out; a stopped command resumes when it is given again."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -89,17 +90,24 @@ def introspect(arguments: Sequence[str]) -> None:
         return
     out, data_dir = _check(config)
     started = time.perf_counter()
+    seed_everything(0, threads=config.threads)
+    device = choose_device(config.device)
+    classes = None if config.classes is None else read_classes(config.classes)
     with StopSignals() as signals:
-        source = open_any(config)
-        distributed.setup(source.device.type)
+        own = None if config.checkpoint is None else open_model(config).with_introspection(None)
+        distributed.setup(device.type)
         collection = distributed.from_main(
             lambda: read_collection(data_dir, skip_bad_images=config.skip_bad_images, workers=config.workers)
         )
-        model, images = opened(source, collection, config)
-        check_rebuilt(model.spec)
-        reading = Reading(model.network, model.task, model.spec.preprocessing, images.images.dataset, names=source.names)
-        dimensions = model.spec.embedding_size or 0
-        numbers = reading.numbers(len(model.classes), dimensions)
+        model = own or foreign_model(
+            foreign_of(config), classes or collection.dataset.classes, collection.dataset, device, config.layers
+        )
+        images = distributed.from_main(lambda: divided(collection, model.task, model.classes))
+        names = [INSIDE + name for name in config.layers or ()] if model.spec.origin != "idml" else config.layers
+        reading = Reading(
+            model.network, model.task, model.spec.preprocessing, images.images.dataset, names=names or None
+        )
+        numbers = reading.numbers(len(model.classes), model.spec.embedding_size or 0)
         chosen = images.chosen(model.task, numbers, config.cache_bytes, config.seed)
         key = distributed.from_main(
             lambda: parts_key(model, chosen.images, config.batch_size, "introspect", reading.layers.as_json())
@@ -110,13 +118,26 @@ def introspect(arguments: Sequence[str]) -> None:
         _read(reading, chosen, parts, done, config)
         distributed.barrier()
         reading.close()
-        distributed.from_main(lambda: _finish(config, model, reading, chosen, parts, len(images.images), started))
+        distributed.from_main(lambda: _finish(config, model, reading.layers, chosen, parts, started))
         distributed.barrier()
         distributed.shutdown()
 
 
+def foreign_of(config: IntrospectOptions) -> Foreign:
+    """What the options say of a classifier of others."""
+    assert config.model is not None
+    asked = ("image_size", "mean", "std", "fit", "crop_share", "interpolation")
+    return Foreign(
+        name=config.model,
+        weights=config.weights,
+        key=config.weights_key,
+        arguments=parse_name_values(config.model_kwargs),
+        preprocessing={name: getattr(config, name) for name in asked if getattr(config, name) is not None},
+    )
+
+
 def _check(config: IntrospectOptions) -> tuple[Path, str]:
-    """(what to write, the folder of images); UserError for options that cannot be, a warning for those without effect."""
+    """(what to write, the folder of images); UserError for bad options, a warning for those without effect."""
     if (config.checkpoint is None) == (config.model is None):
         raise UserError(
             "expected a model, either --checkpoint (a run, a checkpoint file, an exported folder) or --model NAME "
@@ -152,7 +173,7 @@ def _read(reading: Reading, chosen: Divided, parts: Parts, done: Sequence[int], 
                 with torch.inference_mode():
                     vectors, semantic, logits = reading.features(images)
                 yield {
-                    "vectors": as_half(vectors),
+                    "vectors": kept_half(vectors).numpy(),
                     "semantic": semantic.half().cpu().numpy(),
                     "logits": logits.float().cpu().numpy(),
                 }
@@ -160,3 +181,49 @@ def _read(reading: Reading, chosen: Divided, parts: Parts, done: Sequence[int], 
             loader.close()
 
     make_parts(parts, done, chosen.images.dataset, columns, doing="reading", verbose=config.verbose)
+
+
+def _finish(
+    config: IntrospectOptions, model: TrainedModel, layers: Layers, chosen: Divided, parts: Parts, started: float
+) -> None:
+    """Fit, write, say what was found; on the main process."""
+    out = Path(str(config.out))
+    features = _features(chosen, parts)
+    read = time.perf_counter() - started
+    train, held_out = (features.part(torch.from_numpy(part)) for part in (chosen.train, chosen.held_out))
+    classes = len(model.classes)
+    fitted = fit_features(layers, model.task, classes, train, held_out, config.seed)
+    whole = model.with_introspection(fitted.introspection)
+    save_model(whole, out, overwrite=config.overwrite, more={"introspected": fitted.about})
+    parts.remove()
+    print(report(config, whole, fitted, read), flush=True)
+    print(f"written to {out} in {time.perf_counter() - started:.1f} s", flush=True)
+    if note := fitted.introspection.spec.note:
+        warnings.warn(f"P(wrong) is not calibrated: {note}", UserWarning, stacklevel=2)
+
+
+def _features(chosen: Divided, parts: Parts) -> Features:
+    """What was read of all images."""
+    count, filled = len(chosen.images), 0
+    columns: dict[str, torch.Tensor] = {}
+    for number in range(len(parts.rows)):
+        for name, values in parts.read(number).items():
+            rows = torch.from_numpy(values)
+            whole = columns.setdefault(name, rows.new_empty(count, rows.shape[1]))
+            whole[filled : filled + len(rows)] = rows
+        filled += len(parts.rows[number])
+    return Features(labels=torch.from_numpy(chosen.images.dataset.labels), **columns)
+
+
+def report(config: IntrospectOptions, model: TrainedModel, fitted: Fitted, seconds: float) -> str:
+    """What was found, a line each."""
+    about, introspection = fitted.about, fitted.introspection
+    held, known = about["held_out_images_read"], about["train_images_read"]
+    rate = (held + known) / max(seconds, 1e-9)
+    looked, *lines = fitted_text(fitted, classify=model.task == "classification")
+    read = f"read {held:,} held-out and {known:,} training images in {seconds:.1f} s ({rate:.0f} images/s)"
+    if introspection.spec.calibrated:
+        lines.append(f"promise: {promise_text(introspection, config.max_risk, config.confidence)}")
+        if config.coverage is not None and model.task == "classification":
+            lines.append(f"classes: {coverage_text(introspection, config.coverage)}")
+    return "\n".join([looked, read, *lines])

@@ -59,6 +59,28 @@ def parse(config_class: type[CommandT], arguments: Sequence[str], *, name: str, 
     return config
 
 
+def with_files(arguments: Sequence[str], config_class: type) -> list[str]:
+    """The arguments of a command with those that belong to no option behind ``--files``, wherever they stand."""
+    fields = dataclasses.fields(config_class)
+    switches = {"--print-config", "--help", "-h"}
+    for field in fields:
+        if field.type in (bool, "bool"):
+            switches |= {f"--{field.name.replace('_', '-')}", f"--no-{field.name.replace('_', '-')}"}
+    rest: list[str] = []
+    files: list[str] = []
+    waiting = False  # whether an option's value comes next
+    for argument in arguments:
+        if waiting:
+            rest.append(argument)
+            waiting = False
+        elif argument.startswith("-") and argument != "-":
+            rest.append(argument)
+            waiting = "=" not in argument and argument.replace("_", "-") not in switches
+        else:
+            files.append(argument)
+    return [*rest, *(["--files", *files] if files else [])]
+
+
 def open_model(config: ModelOptions) -> TrainedModel:
     """The model of ``--checkpoint``; UserError where there is none."""
     if config.checkpoint is None:
