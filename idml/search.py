@@ -23,6 +23,7 @@ from idml.embedding_file import EmbeddingTable
 from idml.errors import UserError
 from idml.index import EmbeddingIndex
 from idml.introspection.calibration import search_evidence
+from idml.introspection.novelty import index_novelty
 from idml.metrics.neighbours import CHUNK_BYTES
 from idml.paths import nearest_path
 from idml.similarity import introspective_exponent
@@ -69,6 +70,8 @@ class Found:
             None where not asked for.
         other_class: (Q,) probability in [0, 1] that the nearest image, by cosine similarity, is of another class than
             the query; None where the model does not say.
+        novelty: (Q,) share of the index's own images whose nearest other one is nearer, see ``index_novelty``; None
+            where there are no coordinates.
     """
 
     queries: Queries
@@ -78,6 +81,7 @@ class Found:
     similarities: np.ndarray
     introspective: np.ndarray | None = None
     other_class: np.ndarray | None = None
+    novelty: np.ndarray | None = None
 
 
 def read_queries(
@@ -176,8 +180,8 @@ def find(
 
     Args:
         embedded: the queries.
-        table: with ``uncertainty_embedding`` for the introspective order, and with ``belief`` and ``foreseen_loss`` for
-            the probability of another class.
+        table: with ``uncertainty_embedding`` for the introspective order, with ``belief`` and ``foreseen_loss`` for the
+            probability of another class, and with ``coordinates`` for the novelty.
         index: of the table's embeddings.
         model: that both are of.
         k: 1 to the number of images that each query can choose from.
@@ -204,7 +208,16 @@ def find(
         similarities=similarities[:, :k],
         introspective=None if apart is None else apart[:, :k],
         other_class=other_class,
+        novelty=_novelty(embedded, table, queries.positions) if model.task == "retrieval" else None,
     )
+
+
+def _novelty(embedded: Embeddings, table: EmbeddingTable, positions: np.ndarray) -> np.ndarray | None:
+    """(Q,) novelty among the images of the file; None where coordinates are not known."""
+    if embedded.coordinates is None or "coordinates" not in table.numbers:
+        return None
+    queries, index = (torch.from_numpy(each) for each in (embedded.coordinates, table.numbers["coordinates"]))
+    return index_novelty(queries, index, left_out=torch.from_numpy(positions)).numpy()
 
 
 def ism_settings(table: EmbeddingTable, path: Path) -> dict[str, float]:

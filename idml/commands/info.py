@@ -13,6 +13,7 @@ from idml.checkpoint import read_checkpoint
 from idml.checkpoint_files import TO_GO_ON
 from idml.config import build_config, dump_config, option, parse_command_line
 from idml.errors import UserError
+from idml.introspection_report import describe_introspection, introspection_text
 from idml.trained import CONFIG, HEADS, WEIGHTS, TrainedModel, load
 
 SHOWN_CLASSES = 8
@@ -69,8 +70,9 @@ def describe_model(model: TrainedModel) -> dict[str, Any]:
 
     Keys: ``source``, ``kind``, ``bytes``, ``fingerprint``, ``task``, ``method``, ``ism``, ``model``, ``model_kwargs``,
     ``parameters`` (in all, and by part), ``embedding_size``, ``uncertainty_dim``, ``classes``, ``preprocessing``,
-    ``dataset``, ``score`` (name, and on how many images it was calibrated), ``introspection`` (see
-    ``_describe_introspection``; None where there is none) and, of a checkpoint, ``run``: see ``_describe_run``.
+    ``dataset``, ``score`` (name, and on how many images it was calibrated), ``origin`` (whose network it is),
+    ``introspection`` (see ``describe_introspection``; None where there is none) and, of a checkpoint, ``run``: see
+    ``_describe_run``.
     """
     spec, network = model.spec, model.network
     parts: dict[str, int] = {}
@@ -94,6 +96,8 @@ def describe_model(model: TrainedModel) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(spec.preprocessing),
         "dataset": spec.dataset,
         "score": {"name": model.score_name, "calibrated_on": model.calibrated_on},
+        "origin": spec.origin,
+        "introspection": describe_introspection(model.introspection),
     }
     if model.source.is_dir():
         about["kind"] = "exported, timm's layout" if (model.source / HEADS).is_file() else "exported"
@@ -146,12 +150,13 @@ def as_text(about: Mapping[str, Any]) -> str:
         fitted += f" of {square['crop_share']:g}, {square['interpolation']}"
     parts = ", ".join(f"{name} {count:,}" for name, count in about["parameters"].items() if name != "all")
     more = ", ..." if len(classes) > SHOWN_CLASSES else ""
+    name = about["model"] if about["origin"] in ("idml", "module") else f"{about['origin']}/{about['model']}"
     lines = {
         "source": f"{about['source']} ({about['kind']}, {about['bytes'] / 1e6:.2f} MB)",
         "fingerprint": about["fingerprint"],
         "task": about["task"],
         "method": f"{about['method']} (ISM {about['ism']})",
-        "backbone": " ".join([about["model"], *(f"{name}={value}" for name, value in about["model_kwargs"].items())]),
+        "backbone": " ".join([name, *(f"{name}={value}" for name, value in about["model_kwargs"].items())]),
         "parameters": f"{about['parameters']['all']:,} ({parts})",
         "embedding": f"{about['embedding_size']} semantic, {about['uncertainty_dim'] or 'no'} uncertainty dimensions",
         "classes": f"{len(classes)} trained on: {', '.join(classes[:SHOWN_CLASSES])}{more}",
@@ -161,6 +166,7 @@ def as_text(about: Mapping[str, Any]) -> str:
         "data set": about["dataset"] or "not known",
         "score": _score_text(score),
     }
+    lines |= introspection_text(about["introspection"])
     if "run" in about:
         lines |= _run_text(about["run"])
     elif about.get("versions"):
@@ -175,7 +181,7 @@ def _score_text(score: Mapping[str, Any]) -> str:
     if score["name"] != "P(wrong)":
         return score["name"]
     count = score["calibrated_on"]
-    return f"P(wrong), calibrated on {count:,} images" if count else "P(wrong), not calibrated (--val-fraction)"
+    return f"P(wrong), calibrated on {count:,} images" if count else "P(wrong), not calibrated"
 
 
 def _run_text(run: Mapping[str, Any]) -> dict[str, str]:

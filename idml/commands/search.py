@@ -15,7 +15,6 @@ from idml.commands.options import ModelOptions, parse, stored_config
 from idml.config import check_within, option
 from idml.contact_sheet import MOST_NEIGHBOURS, MOST_ROWS, contact_sheet, pictures_in_memory, pictures_of_files
 from idml.data.collection import trained_on
-from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import EmbeddingTable, read_table, written_whole
 from idml.errors import UserError
 from idml.index import EmbeddingIndex, IndexType
@@ -29,8 +28,8 @@ PRINTED = 20
 """Queries whose neighbours are printed; of more, see --out."""
 
 CSV_COLUMNS = (
-    *("query", "query_label", "query_uncertainty", "p_other_class", "rank", "path", "split", "label", "similarity"),
-    *("log_introspective_dissimilarity", "uncertainty"),
+    *("query", "query_label", "query_uncertainty", "p_other_class", "novelty", "rank", "path", "split", "label"),
+    *("similarity", "log_introspective_dissimilarity", "uncertainty"),
 )
 """Of ``--out``."""
 
@@ -66,7 +65,7 @@ def search(arguments: Sequence[str]) -> None:
         return
     path, given = _check(config)
     wanted = ["uncertainty_embedding"] if config.introspective else []
-    table = read_table(path, wanted=[*wanted, "belief", "foreseen_loss"])
+    table = read_table(path, wanted=[*wanted, "belief", "foreseen_loss", "coordinates"])
     if config.k > len(table):
         raise UserError(f"-k: expected at most {len(table)}, the number of images in {path}, got {config.k}")
     introspective = ism_settings(table, path) if config.introspective else None
@@ -153,7 +152,8 @@ def _print(config: SearchOptions, found: Found) -> None:
         label = f" ({queries.labels[row]})" if queries.labels[row] else ""
         score = f": uncertainty {found.embedded.uncertainty[row]:.3g} = {table.about['score']}"
         doubt = "" if found.other_class is None else f", P(nearest is of another class) {found.other_class[row]:.3f}"
-        print(f"{queries.names[row]}{label}{'' if table.about['score'] == 'none' else score}{doubt}")
+        new = "" if found.novelty is None else f", novelty {found.novelty[row]:.3f}"
+        print(f"{queries.names[row]}{label}{'' if table.about['score'] == 'none' else score}{doubt}{new}")
         lines = _lines(found, row)
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         for line in lines:
@@ -184,13 +184,15 @@ def _say_more(found: Found, model: TrainedModel) -> None:
         right = sum(own == other for own, other in pairs)
         print(f"nearest image of the query's class: {right / len(pairs):.1%} of {len(pairs)} queries with labels")
     if found.other_class is not None:
-        assert isinstance(model.network, IntrospectiveEmbedder)
-        count = int(model.network.search_calibration.fitted_on)
+        assert model.introspection is not None
+        spec = model.introspection.spec
         print(
-            f"P(nearest is of another class) was calibrated on {count} held-out images that searched one another"
-            if count
-            else "P(nearest is of another class) was not calibrated: no images were held out in training"
+            f"P(nearest is of another class) was calibrated on {spec.held_out} held-out images that searched one another"
+            if spec.calibrated
+            else f"P(nearest is of another class) was not calibrated: {spec.note}"
         )
+    if found.novelty is not None:
+        print("novelty: the share of the indexed images whose nearest other one is nearer than the query's nearest")
 
 
 def write_csv(path: Path, found: Found) -> None:
@@ -201,7 +203,7 @@ def write_csv(path: Path, found: Found) -> None:
         writer.writerow(CSV_COLUMNS)
         for row, name in enumerate(queries.names):
             own = [name, queries.labels[row], found.embedded.uncertainty[row]]
-            own.append(None if found.other_class is None else found.other_class[row])
+            own += [None if values is None else values[row] for values in (found.other_class, found.novelty)]
             for column, index in enumerate(found.indices[row]):
                 image = [table.paths[index], table.splits[index], table.labels[index], found.similarities[row, column]]
                 image.append(None if found.introspective is None else found.introspective[row, column])

@@ -23,6 +23,11 @@ STEPS = 1_000
 """M: resolution of the table from strangeness to novelty."""
 
 
+INDEX_SAMPLE, LEAST_SAMPLE, COMPARISONS, ENTRIES = 2_000, 200, 200_000_000, 2**24
+"""Of ``index_novelty``: images of an index that a query is compared with, at most, at least, and as many as so many
+distances allow; distances that are in memory at once."""
+
+
 class Novelty(nn.Module):
     """Mahalanobis distance to the nearest class mean, in the principal components of the depth vector; and its rank.
 
@@ -98,11 +103,55 @@ class Novelty(nn.Module):
     def rank(self, strangeness: Tensor) -> None:
         """Take the strangeness of N known images, which were not fitted to, as the measure of what is strange.
 
-        Novelty is k / (N + 1) where k of them are less strange, rounded down to a step: with the new image counted among
-        the known ones, as a conformal p-value has it, no image is ever said to be stranger than N / (N + 1).
+        Novelty is k / (N + 1) where k of them are less strange, rounded down to a step: with the new image counted
+        among the known ones, as a conformal p-value has it, no image is said to be stranger than N / (N + 1).
         """
         ordered, count = strangeness.sort().values, len(strangeness)
         steps = torch.arange(1, len(self.table) + 1)
         needed = -((-steps * (count + 1)) // len(self.table))  # rounded up
         known = needed <= count
         self.table.copy_(torch.where(known, ordered[(needed - 1).clamp(max=count - 1)], torch.inf))
+
+
+def index_novelty(
+    queries: Tensor, index: Tensor, *, left_out: Tensor | None = None, sample: int = INDEX_SAMPLE, seed: int = 0
+) -> Tensor:
+    """How strange images are among those that are searched, whatever the network was trained on.
+
+    It is the share of the index's own images whose nearest other image is nearer than the query's nearest one: 0 for a
+    copy of an image of the index, 1 for what lies further away than any of them does from the rest.
+
+    Args:
+        queries: (Q, d) coordinates of the queries, see ``Novelty.coordinates``; float32.
+        index: (N, d) of the images that are searched.
+        left_out: (Q,) int64 position of each query in the index itself, which is no neighbour of its own; -1 elsewhere.
+        sample: images of the index that are compared with, at most; fewer of a large index, see ``LEAST_SAMPLE``.
+        seed: of the draw.
+
+    Returns:
+        (Q,) float32 in [0, 1]; NaN where the index has no two images.
+    """
+    count = len(index)
+    if count < 2:
+        return queries.new_full((len(queries),), torch.nan)
+    compared = min(sample, count, max(LEAST_SAMPLE, COMPARISONS // count))
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:compared].to(index.device)
+    usual = _nearest_distance(index[chosen], index, chosen).sort().values
+    nowhere = torch.full((len(queries),), -1, device=index.device)
+    own = _nearest_distance(queries, index, nowhere if left_out is None else left_out)
+    return torch.searchsorted(usual, own).float() / compared  # the number of those that are smaller
+
+
+def _nearest_distance(points: Tensor, index: Tensor, left_out: Tensor) -> Tensor:
+    """(Q,) distance to the nearest row of the index but for the one at ``left_out``."""
+    squares = index.square().sum(1)
+    found = points.new_empty(len(points))
+    height = max(1, ENTRIES // len(index))
+    for start in range(0, len(points), height):
+        rows = slice(start, start + height)
+        apart = squares - 2 * points[rows] @ index.T  # without |q|^2, which is the same for all
+        inside = (left_out[rows] >= 0).nonzero()[:, 0]
+        apart[inside, left_out[rows][inside]] = torch.inf
+        # The difference itself has no cancellation: 0 for a copy.
+        found[rows] = (points[rows] - index[apart.argmin(1)]).norm(dim=1)
+    return found
