@@ -6,7 +6,7 @@
 
 errors      does P(wrong) rank errors, beside what is free, temperature, flip averaging, an ensemble, MC dropout
 novelty     does the density know other data, beside the detectors of pytorch-ood
-promise     500 random splits: how often is the error rate above what was promised, and how much is answered
+promise     is the error rate above what was promised? Of the stored promise, and of 500 random splits of test images
 labels      5 % wrong labels, planted: how many are in the top 5 %, beside loss and cleanlab
 memorised   a network without errors on its training images: which images the heads should learn from
 near        two classes held out of training: does novelty know them
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/uncertainty.md")
     parser.add_argument("--no-docs", action="store_true")
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps, one seed, one setting; nothing into the docs"
+        "--quick", action="store_true", help="a few steps, one seed, one setting"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,29 +30,16 @@ from idml.trained import TrainedModel, load
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI_CLASSES, EMOJI_TEST_VENDORS = 200, 2
-FASHION = ["--model", "resnet20_cifar", "--image-size", "28", "--batch-size", "128", "--dataset", "fashion-mnist"]
+FASHION = "--dataset fashion-mnist --model resnet20_cifar --image-size 28 --batch-size 128"
 
-SETTINGS: dict[str, list[str]] = {
-    "Fashion-MNIST, plain, 4 epochs": [*FASHION, "--method", "baseline", "--epochs", "4"],
-    "Fashion-MNIST, CutMix, 12 epochs": [*FASHION, "--method", "cutmix", "--epochs", "12"],
-    "digits": ["--dataset", "digits", "--model", "resnet8_cifar", "--batch-size", "32", "--epochs", "4"]
-    + ["--method", "baseline", "--val-fraction", "0.2"],
-    "emoji by vendor": ["--dataset", "folder", "--model", "resnet8_cifar", "--image-size", "32", "--epochs", "20"]
-    + ["--method", "baseline", "--batch-size", "32", "--lr", "0.05", "--no-flip", "--val-fraction", "0.25"],
-    "EfficientNet-Lite0, fine-tuned": ["--dataset", "fashion-mnist", "--model", "tf_efficientnet_lite0"]
-    + [
-        "--image-size",
-        "64",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "64",
-        "--lr",
-        "0.02",
-        "--bn-freeze",
-        "--method",
-        "baseline",
-    ],
+SETTINGS = {
+    "Fashion-MNIST, plain, 4 epochs": f"{FASHION} --method baseline --epochs 4",
+    "Fashion-MNIST, CutMix, 12 epochs": f"{FASHION} --method cutmix --epochs 12",
+    "digits": "--dataset digits --model resnet8_cifar --batch-size 32 --epochs 4 --method baseline --val-fraction 0.2",
+    "emoji by vendor": "--dataset folder --model resnet8_cifar --image-size 32 --epochs 20 --batch-size 32 --lr 0.05 "
+    "--method baseline --no-flip --val-fraction 0.25",
+    "EfficientNet-Lite0, fine-tuned": "--dataset fashion-mnist --model tf_efficientnet_lite0 --image-size 64 "
+    "--epochs 2 --batch-size 64 --lr 0.02 --bn-freeze --method baseline",
 }
 """Name -> options of train_cls.py; images, seed and places are added."""
 
@@ -94,7 +81,7 @@ def emoji_folder(folder: Path) -> Path:
 
 def options_of(setting: str, folder: Path, weights: str | None, *, quick: bool) -> list[str]:
     """All options of a run but the seed and its place; the data are made where they are not there."""
-    options = [*SETTINGS[setting], "--loader", "torch", "--workers", "0", "--eval-every", "1000"]
+    options = [*SETTINGS[setting].split(), "--loader", "torch", "--workers", "0", "--eval-every", "1000"]
     if "fashion-mnist" in options:
         count = 1_500 if quick else IMAGES.get(setting, TRAINING_IMAGES)
         data = folder / f"fashion-mnist-{count}"
@@ -163,12 +150,10 @@ def look_at(model: TrainedModel, dataset: ImageDataset, *, seed: int | None = No
             vector = depth_vector(layers, watcher.maps, output.semantic)
         scores = model.introspection(vector, output.logits)
         mirrored = network(prepared.flip(3)).logits
-        rows.append(
-            (vector.half(), labels, output.logits, mirrored, scores.p_wrong, scores.strangeness, scores.novelty)
-        )
-    vectors, labels, logits, flipped, p_wrong, strangeness, novelty = (
-        torch.cat(each) for each in zip(*rows, strict=True)
-    )
+        found = (output.logits, mirrored, scores.p_wrong, scores.strangeness, scores.novelty)
+        rows.append((vector.half(), labels, *found))
+    columns = [torch.cat(each) for each in zip(*rows, strict=True)]
+    vectors, labels, logits, flipped, p_wrong, strangeness, novelty = columns
     features = Features(vectors=vectors, labels=labels, semantic=vectors[:, :0], logits=logits)
     return Look(features=features, flipped=flipped, p_wrong=p_wrong, strangeness=strangeness, novelty=novelty)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import resources
 
 import numpy as np
 import torch
@@ -14,15 +13,14 @@ from augment import shift_images
 from idml.data.datasets import read_idx
 from idml.data.emoji import load_embedded
 
+KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 COUNT = 2_000
 """Images of each set, at most."""
 
 
-def clothes(*, size: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """(10,000, size, size) test images of Fashion-MNIST, and their labels."""
-    images, labels = (
-        read_idx(FASHION_MNIST / f"t10k-{kind}.gz") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    )
+def clothes() -> tuple[np.ndarray, np.ndarray]:
+    """(10,000, 28, 28) test images of Fashion-MNIST, and their labels."""
+    images, labels = (read_idx(FASHION_MNIST / f"t10k-{kind}.gz") for kind in KINDS)
     return images, labels
 
 
@@ -62,8 +60,9 @@ def inverted() -> np.ndarray:
 
 def altered(kind: str) -> np.ndarray:
     """Clothes blurred, noisy or cropped, as ``augment.shift_images`` does it."""
-    images = torch.from_numpy(clothes()[0][:COUNT])[:, None].expand(-1, 3, -1, -1).contiguous()
-    return shift_images(images, kind, generator=torch.Generator().manual_seed(2))[:, 0].numpy()
+    images, labels = (torch.from_numpy(values[:COUNT].copy()) for values in clothes())
+    grey = images[:, None].expand(-1, 3, -1, -1).contiguous()
+    return shift_images(grey, labels, kind, torch.Generator().manual_seed(2))[:, 0].numpy()
 
 
 def _resized(images: np.ndarray) -> np.ndarray:
@@ -86,10 +85,3 @@ SETS: dict[str, Callable[[], np.ndarray]] = {
 """Name -> images. The first four are far away from clothes, the others are clothes that were altered."""
 
 FAR = ("digits", "emoji", "noise", "flat")
-
-
-def embedded_clothes() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,000 test images in the package, and their labels; for quick runs."""
-    with resources.files("idml.data.embedded").joinpath("fashion_mnist_mini.npz").open("rb") as file:
-        arrays = dict(np.load(file))
-    return arrays["test_images"], arrays["test_labels"]

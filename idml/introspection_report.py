@@ -58,8 +58,9 @@ def introspection_text(about: Mapping[str, Any] | None) -> dict[str, str]:
         state = f"not calibrated: {about['note']}"
     elif about["error_auroc"] is not None:
         state += f", error AUROC {about['error_auroc']:.4f} on them"
+    heads = f"{about['heads']} head{'s' if about['heads'] > 1 else ''}"
     lines = {
-        "introspection": f"{about['heads']} head{'s' if about['heads'] > 1 else ''}, fitted on {about['fitted_on']:,} images, {state}",
+        "introspection": f"{heads}, fitted on {about['fitted_on']:,} images, {state}",
         "looked at": ", ".join(places),
     }
     if about["calibrated"]:

@@ -186,11 +186,9 @@ def _say_more(found: Found, model: TrainedModel) -> None:
     if found.other_class is not None:
         assert model.introspection is not None
         spec = model.introspection.spec
-        print(
-            f"P(nearest is of another class) was calibrated on {spec.held_out} held-out images that searched one another"
-            if spec.calibrated
-            else f"P(nearest is of another class) was not calibrated: {spec.note}"
-        )
+        state = f"calibrated on {spec.held_out} held-out images that searched one another"
+        state = state if spec.calibrated else f"not calibrated: {spec.note}"
+        print(f"P(nearest is of another class) was {state}")
     if found.novelty is not None:
         print("novelty: the share of the indexed images whose nearest other one is nearer than the query's nearest")
 
