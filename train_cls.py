@@ -85,6 +85,7 @@ from idml.runtime import (
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
+from idml.trial import try_out
 
 Foreseen = tuple[Foresight, Tensor]
 """What the uncertainty head says of images, and the (B, C) logits of the classifier for them."""
@@ -118,6 +119,8 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
     data = read_splits(config) if data is None else data
     model = build_model(config, data)
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    size = data.preprocessing.image_size
+    try_out(model, config, size, [progressive_size(config, epoch) or size for epoch in range(config.epochs)])
     loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
     if config.eval_only:
         results = evaluate_checkpoint(config, data, model, loaders)

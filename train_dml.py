@@ -77,6 +77,7 @@ from idml.runtime import (
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
+from idml.trial import try_out
 
 PROBE_IMAGES = 120
 """Training images on which the ISM weight is measured: before training, to scale the head, and after every epoch."""
@@ -106,6 +107,7 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
     model = build_model(config, len(data.train.classes))
     loss = build_loss(config, len(data.train.classes))
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    try_out(model, config, data.preprocessing.image_size, [data.preprocessing.image_size])
     loss = loss.to(device)
     loaders = build_dml_loaders(data, config, pin_memory=device.type == "cuda")
     if config.eval_only:
