@@ -58,6 +58,7 @@ from idml.config_cls import ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.data.cls_loaders import ClsLoaders, build_cls_loaders
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
+from idml.data.sampling import global_batch_sizes
 from idml.data.torch_loader import Loader
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
@@ -69,6 +70,7 @@ from idml.metrics.classification import classification_metrics, uncertainty_metr
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
+from idml.parts import fewer_parts, part_count
 from idml.random_state import step_generator
 from idml.report_cls import draw_extremes, draw_mixed, epoch_line, log_uncertainty, write_confusion
 from idml.resume import check_same_run, planned_steps
@@ -120,7 +122,8 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
     model = build_model(config, data)
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
     size = data.preprocessing.image_size
-    try_out(model, config, size, [progressive_size(config, epoch) or size for epoch in range(config.epochs)])
+    steps = global_batch_sizes(len(data.train), config.batch_size, distributed.world_size())
+    try_out(model, config, size, [progressive_size(config, epoch) or size for epoch in range(config.epochs)], steps)
     loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
     if config.eval_only:
         results = evaluate_checkpoint(config, data, model, loaders)
@@ -135,6 +138,8 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
             f"{distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
         )
+        if fewer := fewer_parts(model, config, steps):
+            say(fewer)
         results = train(config, data, model, loaders, run, stored, signals)
     distributed.shutdown()
     return results
@@ -315,7 +320,7 @@ def step(
     """
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
-    parts = split(batch, config.grad_accum)
+    parts = split(batch, part_count(state.model, config, global_size))
     spoilt_parts = [None] * len(parts) if spoilt is None else split_perturbed(spoilt, len(parts))
     total, exponent = torch.zeros((), device=state.device), torch.zeros((), device=state.device)
     for number, (part, spoilt_part) in enumerate(zip(parts, spoilt_parts, strict=True)):
@@ -363,12 +368,12 @@ def uncertainty_loss(
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
-    """The batch in up to ``parts`` parts of about the same size."""
+    """The batch in ``parts`` parts, whose sizes differ by one image at the most."""
     if parts == 1:
         return [batch]
     mixed = batch.labels_b is not batch.labels_a
-    columns = zip(batch.images.chunk(parts), batch.labels_a.chunk(parts), batch.labels_b.chunk(parts), strict=True)
-    return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in columns]
+    columns = (column.tensor_split(parts) for column in (batch.images, batch.labels_a, batch.labels_b))
+    return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in zip(*columns, strict=True)]
 
 
 def split_perturbed(batch: PerturbedBatch, parts: int) -> list[PerturbedBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from idml.backbones import timm_arguments
 from idml.config import parse_name_values
+from idml.distributed import world_size
 from idml.embedder import IntrospectiveEmbedder
 from idml.errors import UserError
 from idml.models import IntrospectiveClassifier
@@ -27,9 +28,13 @@ MOST_TRIALS = 14
 
 
 def try_out(
-    model: IntrospectiveClassifier | IntrospectiveEmbedder, config: Any, image_size: int, training_sizes: Iterable[int]
+    model: IntrospectiveClassifier | IntrospectiveEmbedder,
+    config: Any,
+    image_size: int,
+    training_sizes: Iterable[int],
+    steps: Sequence[int],
 ) -> None:
-    """UserError unless the network takes two images of every size, in training and in evaluation.
+    """UserError unless the network takes two images of every size, in training and in evaluation; one where it has to.
 
     Nothing is changed by it: random generators, batch norm's figures and everything else are as they were.
 
@@ -38,17 +43,23 @@ def try_out(
         config: of the run; gives the backbone's name and arguments, and the precision.
         image_size: of evaluation, in pixels.
         training_sizes: of training.
+        steps: images of each training step of an epoch, over all ranks.
     """
     device = next(model.parameters()).device
 
-    def failure(size: int, training: bool) -> str | None:
+    def failure(size: int, training: bool, count: int = 2) -> str | None:
         with _untouched(model, device), torch.no_grad(), autocast(device, config.precision):
             model.train(training)
+            for module in model.modules() if config.bn_freeze else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
             # Not all of the model in training: its heads keep running figures, and ask the other ranks for theirs.
             function: Callable[[Tensor], Any] = model._features if training else model
-            return _failure(function, torch.zeros(2, 3, size, size, device=device))
+            return _failure(function, torch.zeros(count, 3, size, size, device=device))
 
     arguments, sizes = parse_name_values(config.model_kwargs), sorted(set(training_sizes))
+    if config.eval_only:
+        sizes, steps = [], []
     for size, training in [(image_size, False), *((size, True) for size in sizes)]:
         reason = failure(size, training)
         if reason is None:
@@ -65,6 +76,12 @@ def try_out(
             f"{named},{built} {image_size}, does not take the {size} x {size} pixels of --progressive ({reason}); of "
             f"32 to {sizes[-1]} it takes {' and '.join(fitting) or 'none'}"
             + ("; --model-kwargs dynamic_img_size=true may help" if _of_one_size(config.model) else "")
+        )
+    if steps and min(steps) // world_size() == 1 and (reason := failure(sizes[0], True, 1)) is not None:
+        raise UserError(
+            f"a step of {min(steps)} images gives {'each process' if world_size() > 1 else 'the network'} one, which "
+            f"{config.model} cannot train on ({reason}): take a --batch-size of at least {2 * world_size()}, more "
+            "images, or --bn-freeze"
         )
 
 

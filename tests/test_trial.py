@@ -47,7 +47,9 @@ def refused(script: str, arguments: list[str], capsys: pytest.CaptureFixture[str
 
 
 def config(model: str, *model_kwargs: str) -> SimpleNamespace:
-    return SimpleNamespace(model=model, model_kwargs=list(model_kwargs), precision="fp32")
+    return SimpleNamespace(
+        model=model, model_kwargs=list(model_kwargs), precision="fp32", bn_freeze=False, eval_only=False
+    )
 
 
 def network(name: str, size: int, *, retrieval: bool = False, **options: object) -> nn.Module:
@@ -67,8 +69,8 @@ def test_nothing_is_moved(name: str, retrieval: bool) -> None:
     modes = [module.training for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()]  # noqa: NPY002
-    try_out(model, config(name), size, [size])
-    try_out(model, config(name), size, [])
+    try_out(model, config(name), size, [size], [8])
+    try_out(model, config(name), size, [], [8])
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
@@ -89,9 +91,9 @@ def test_nothing_is_moved(name: str, retrieval: bool) -> None:
 
 def test_it_takes_no_time() -> None:
     model = network("resnet20_cifar", 32)
-    try_out(model, config("resnet20_cifar"), 32, [32])
+    try_out(model, config("resnet20_cifar"), 32, [32], [8])
     started = time.perf_counter()
-    try_out(model, config("resnet20_cifar"), 32, [32])
+    try_out(model, config("resnet20_cifar"), 32, [32], [8])
     assert time.perf_counter() - started < 0.5, "0.01 s on an idle machine"
 
 
@@ -107,12 +109,12 @@ def test_it_takes_no_time() -> None:
 )
 def test_sizes_that_a_model_does_not_take(name: str, size: int, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        try_out(network(name, size), config(name), size, [size])
+        try_out(network(name, size), config(name), size, [size], [8])
 
 
 def test_a_size_that_is_told_is_taken() -> None:
     for size in fitting_sizes("halonet_h1", 100, {}):
-        try_out(network("halonet_h1", size), config("halonet_h1"), size, [size])
+        try_out(network("halonet_h1", size), config("halonet_h1"), size, [size], [8])
     assert fitting_sizes("resnet8_cifar", 32, {"in_chans": 1}) == []
 
 
@@ -165,7 +167,7 @@ def test_every_size_of_a_progressive_training_is_tried(
 def test_backbones_that_give_several_maps(name: str, size: int) -> None:
     """Pooled as the backbone pools them, in training and with the head that looks at several depths."""
     model = network(name, size, retrieval=True, uncertainty_loss="loss-prediction")
-    try_out(model, config(name), size, [size])
+    try_out(model, config(name), size, [size], [8])
     images = torch.rand(2, 3, size, size)
     output = model(images)
     output.semantic.sum().backward()
@@ -189,7 +191,7 @@ def test_a_backbone_without_a_way_to_pool_is_told() -> None:
             return [self.layer(images.mean((2, 3)))] * 2
 
     with pytest.raises(UserError, match="expected a feature map, tokens or features from the backbone, got a list"):
-        try_out(IntrospectiveEmbedder(Two(), 8), config("resnet8_cifar"), 32, [32])
+        try_out(IntrospectiveEmbedder(Two(), 8), config("resnet8_cifar"), 32, [32], [8])
 
 
 def test_coat_trains_for_retrieval(photos: dict[str, list[str]]) -> None:
