@@ -54,6 +54,7 @@ from idml.config_cls import ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.data.cls_loaders import ClsLoaders, build_cls_loaders
 from idml.data.datasets import read_splits
 from idml.data.image_dataset import DataSplits, Preprocessing
+from idml.data.sampling import global_batch_sizes
 from idml.data.torch_loader import Loader
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
@@ -65,6 +66,7 @@ from idml.metrics.classification import classification_metrics, uncertainty_metr
 from idml.models import IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_optimizer, build_schedule
+from idml.parts import fewer_parts, part_count
 from idml.report_cls import (
     draw_extremes,
     draw_mixed,
@@ -87,6 +89,7 @@ from idml.runtime import (
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
+from idml.trial import try_out
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -117,6 +120,9 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
     data = read_splits(config) if data is None else data
     model = build_model(config, data)
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    size = data.preprocessing.image_size
+    steps = global_batch_sizes(len(data.train), config.batch_size, distributed.world_size())
+    try_out(model, config, size, [progressive_size(config, epoch) or size for epoch in range(config.epochs)], steps)
     loaders = build_cls_loaders(data, config, pin_memory=device.type == "cuda")
     if config.eval_only:
         results = evaluate_checkpoint(config, data, model, loaders)
@@ -131,6 +137,8 @@ def run_config(config: ClsConfig, signals: StopSignals, data: DataSplits | None 
             f"{len(data.train)} training and {len(data.test)} test images of {len(data.train.classes)} classes; "
             f"{distributed.world_size()} process(es), {hardware()}\nrun directory {run.directory}"
         )
+        if fewer := fewer_parts(model, config, steps):
+            say(fewer)
         results = train(config, data, model, loaders, run, stored, signals)
     distributed.shutdown()
     return results
@@ -314,7 +322,7 @@ def step(
     """
     guard.begin()
     state.optimizer.zero_grad(set_to_none=True)
-    parts = split(batch, config.grad_accum)
+    parts = split(batch, part_count(state.model, config, global_size))
     total, exponent = torch.zeros((), device=state.device), torch.zeros((), device=state.device)
     for number, part in enumerate(parts):
         distributed_network = isinstance(state.network, DistributedDataParallel)
@@ -337,12 +345,12 @@ def step(
 
 
 def split(batch: MixedBatch, parts: int) -> list[MixedBatch]:
-    """The batch in up to ``parts`` parts of about the same size."""
+    """The batch in ``parts`` parts, whose sizes differ by one image at the most."""
     if parts == 1:
         return [batch]
     mixed = batch.labels_b is not batch.labels_a
-    columns = zip(batch.images.chunk(parts), batch.labels_a.chunk(parts), batch.labels_b.chunk(parts), strict=True)
-    return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in columns]
+    columns = (column.tensor_split(parts) for column in (batch.images, batch.labels_a, batch.labels_b))
+    return [MixedBatch(images, a, b if mixed else a, batch.lam) for images, a, b in zip(*columns, strict=True)]
 
 
 def crop_and_flip(images: Tensor, config: ClsConfig, generator: torch.Generator) -> Tensor:

@@ -49,6 +49,7 @@ from idml.data.dml_loaders import DmlLoaders, build_dml_loaders
 from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.retrieval_datasets import read_retrieval_data
+from idml.data.sampling import global_batch_sizes
 from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
@@ -81,6 +82,7 @@ from idml.runtime import (
 from idml.saving import Saver
 from idml.signals import StopSignals
 from idml.state import TrainingState
+from idml.trial import try_out
 
 PROBE_IMAGES = 120
 """Training images on which the ISM weight is measured: before training, to scale the head, and after every epoch."""
@@ -110,6 +112,9 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
     model = build_model(config, len(data.train.classes))
     loss = build_loss(config, len(data.train.classes))
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
+    size, world_size = data.preprocessing.image_size, distributed.world_size()
+    steps = [config.batch_size] if config.IPC else global_batch_sizes(len(data.train), config.batch_size, world_size)
+    try_out(model, config, size, [size], steps)
     loss = loss.to(device)
     loaders = build_dml_loaders(data, config, pin_memory=device.type == "cuda")
     if config.eval_only:

@@ -24,20 +24,25 @@ from augment.mixing import (
     sample_cutmix,
     sample_mixup,
 )
+from augment.perturb import CLEAN_SHARE, PerturbedBatch, PerturbParams, apply_perturbations, sample_perturbations
 from augment.shifts import SHIFTS, partners, shift_images
 
 __all__ = [
+    "CLEAN_SHARE",
     "SHIFTS",
     "ColorJitterParams",
     "CutmixParams",
     "MixedBatch",
     "MixupParams",
+    "PerturbParams",
+    "PerturbedBatch",
     "apply_color_jitter",
     "apply_crop",
     "apply_cutmix",
     "apply_flip",
     "apply_lighting",
     "apply_mixup",
+    "apply_perturbations",
     "denormalise",
     "mixed_cross_entropy",
     "normalise",
@@ -49,5 +54,6 @@ __all__ = [
     "sample_flip",
     "sample_lighting",
     "sample_mixup",
+    "sample_perturbations",
     "shift_images",
 ]

@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/introspection.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/uncertainty.md")
     parser.add_argument("--no-docs", action="store_true")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps, one seed, one setting"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few steps, one seed, one setting")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.quick:

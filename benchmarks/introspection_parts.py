@@ -147,7 +147,7 @@ def _novelty_table(rows: dict[str, dict[str, list[float]]]) -> str:
 
 
 def promise(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Is the error rate among answers above what was promised? Of the stored promise, and of 500 splits of test images."""
+    """Is the error rate of answers above what was promised? Of the stored promise, and of 500 splits of test images."""
     rows: dict[str, list[dict[str, float]]] = {}
     for setting in arguments.settings:
         for seed, run in zip(arguments.seeds, runs_of(setting, arguments), strict=True):

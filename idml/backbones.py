@@ -35,10 +35,14 @@ def create_backbone(
     name, passed_on = timm_arguments(name, image_size, arguments)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **passed_on)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        # timm tells a wrong argument by a TypeError, weights it cannot have by one of the others.
-        source = f" with arguments {dict(arguments)}" if arguments else " with timm's weights" if pretrained else ""
-        raise UserError(f"model {name}{source} cannot be made: {error}") from None
+    except Exception as error:  # whatever a model says of arguments and sizes, and a network of weights
+        from idml.trial import advice, in_words, with_arguments  # it needs this module
+
+        source = with_arguments(arguments) or (" with timm's weights" if pretrained else "")
+        of_size = image_size is not None and not pretrained and not isinstance(error, TypeError)
+        size = f" for images of {image_size} x {image_size} pixels" if of_size else ""
+        hint = f"; {advice(name, image_size or 0, arguments)}" if of_size else ""
+        raise UserError(f"model {name}{source} cannot be made{size}: {in_words(error)}{hint}") from None
 
 
 def timm_arguments(
@@ -53,7 +57,7 @@ def timm_arguments(
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise UserError(
-            f"unknown model {name!r}{nearest(architecture, timm.list_models())} timm.list_models() lists all"
+            f"unknown model {name!r}{nearest(architecture, timm.list_models())} (timm.list_models() lists all)"
         )
     default_cfg = timm.get_pretrained_cfg(architecture)
     fixed = image_size is not None and default_cfg is not None and default_cfg.fixed_input_size
@@ -67,7 +71,7 @@ def infer_feature_dim(backbone: nn.Module) -> int:
     Read from the attributes that timm's models carry; any other module is tried on a black image of a few usual sizes.
 
     Raises:
-        ValueError: it cannot be found out; pass ``feature_dim`` to the model.
+        UserError: it cannot be found out; pass ``feature_dim`` to the model.
     """
     for attribute in ("head_hidden_size", "num_features"):
         value = getattr(backbone, attribute, None)
@@ -83,7 +87,7 @@ def infer_map_dim(backbone: nn.Module) -> int:
     training on several processes forbids parameters that no loss reaches.
 
     Raises:
-        ValueError: it cannot be found out; pass ``feature_dim`` to the model.
+        UserError: it cannot be found out; pass ``feature_dim`` to the model.
     """
     if not hasattr(backbone, "forward_features") or not isinstance(backbone.num_features, int):
         return _try_out(backbone, dimensions=(2, 4))
@@ -115,7 +119,7 @@ def _try_out(backbone: nn.Module, *, dimensions: tuple[int, ...]) -> int:
                     return features.shape[1]
     finally:
         backbone.train(was_training)
-    raise ValueError(
+    raise UserError(
         f"expected a backbone that gives (B, D) features or a map, and found no D for {type(backbone).__name__}: "
         "pass feature_dim=D, or set backbone.num_features"
     )

@@ -5,7 +5,7 @@ Letters in shapes: B images, D semantic and E uncertainty dimensions, H backbone
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class IntrospectiveEmbedder(nn.Module):
         embedding_dim: D, length of the semantic embedding.
         uncertainty_dim: E, length of the uncertainty embedding; by default D, as released.
         pool: how a feature map (or the patch tokens of a transformer) becomes one feature; ``"avg+max"`` is the sum of
-            both, as released.
+            both, as released. A backbone that gives several maps pools them itself.
         ism: ``"live"``: u is a linear map of the feature; ``"released"``: u is made unit length too, which in the
             authors' code leaves its head without any gradient from proxies; ``"off"``: no uncertainty head.
         l2_norm: semantic embeddings of unit length.
@@ -102,7 +102,10 @@ class IntrospectiveEmbedder(nn.Module):
         """
         final = getattr(self.backbone, "forward_features", self.backbone)(images)
         skip = int(getattr(self.backbone, "num_prefix_tokens", 0))
-        features = pool_features(final, self.pool, self.feature_dim, skip=skip)
+        if isinstance(final, Tensor):
+            features = pool_features(final, self.pool, self.feature_dim, skip=skip)
+        else:
+            features = pool_several(self.backbone, final)
         if features.ndim != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(f"expected backbone features of {self.feature_dim} channels, got {tuple(features.shape)}")
         return features.float()
@@ -124,6 +127,18 @@ class IntrospectiveEmbedder(nn.Module):
             if self.ism == "released" and self.l2_norm:
                 uncertainty = functional.normalize(uncertainty, dim=1)
             return EmbedderOutput(semantic, uncertainty, norm)
+
+
+def pool_several(backbone: nn.Module, maps: Any) -> Tensor:
+    """(B, H) from several maps, as CoaT, CrossViT and EfficientViM give them: pooled as such a backbone pools them.
+
+    Raises:
+        ValueError: it has no way to.
+    """
+    pool = getattr(backbone, "forward_head", None)
+    if pool is None:
+        raise ValueError(f"expected a feature map, tokens or features from the backbone, got a {type(maps).__name__}")
+    return pool(maps, pre_logits=True)
 
 
 def pool_features(features: Tensor, pool: Pool, channels: int, *, skip: int = 0) -> Tensor:

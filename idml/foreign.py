@@ -97,7 +97,9 @@ class ForeignClassifier(nn.Module):
         """(B, 3, S, S) -> ClassifierOutput, without uncertainty."""
         logits = logits_of(self.module(images))
         features = self._features.pop() if self._features else logits
-        return ClassifierOutput(logits, logits, features.float(), logits.new_zeros(logits.shape[0], self.uncertainty_dim))
+        return ClassifierOutput(
+            logits, logits, features.float(), logits.new_zeros(logits.shape[0], self.uncertainty_dim)
+        )
 
 
 def build_foreign(origin: str, name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:

@@ -144,7 +144,7 @@ class IntrospectiveClassifier(nn.Module):
         Raises:
             ValueError: the backbone's features are not (B, D).
         """
-        features = self._features(images)
+        features = self.features(images)
         # The heads run in float32: alpha is a difference of squares, and their cost is nothing beside the backbone's.
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -167,7 +167,7 @@ class IntrospectiveClassifier(nn.Module):
                 exponent = introspective_exponent(sq_distances, beta, temperature=self.temperature).mean(1)
             return ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """(B, D) features."""
         features = self.backbone(images)
         if features.ndim != 2 or features.shape[1] != self.feature_dim:

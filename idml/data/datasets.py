@@ -210,6 +210,7 @@ def read_splits(config: ClsConfig) -> DataSplits:
     source = READERS[config.dataset](config)
     train, test, val = source.train, source.test, None
     _check_labels(train, "training")
+    assert config.val_fraction is not None, "filled in when the options are read"
     if test is None:
         train, test = hold_out(train, config.val_fraction, config.seed)
     elif config.val_fraction > 0:

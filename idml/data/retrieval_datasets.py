@@ -46,6 +46,7 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     data = READERS[config.dataset](config)
     _check_classes(data.train, "training")
     _check_classes(data.test, "test")
+    assert config.val_fraction is not None, "filled in when the options are read"
     if config.val_fraction > 0:
         train, val = hold_out_classes(data.train, config.val_fraction, config.seed)
         data = dataclasses.replace(data, train=train, val=val)
