@@ -13,27 +13,33 @@ import train_dml
 
 COMMON = ["--max-steps", "2", "--no-verbose", "--loader", "torch", "--workers", "0", "--threads", "1", "--image-size"]
 SMALL = ["--model", "resnet8_cifar", *COMMON, "32"]
-LIVE = ["--method", "ism", "--val-fraction", "0.3"]
+VIT = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=3"]
+INTROSPECTED = ["--val-fraction", "0.3"]
+"""Images are held out, which an introspection is fitted with after training; without them none is."""
+NOTHING_HELD_OUT = ["--val-fraction", "0"]
+LIVE = ["--method", "ism", *INTROSPECTED]
 
 CLASSIFIERS = {
-    "off": ["--method", "mixup", *SMALL],
+    "off": ["--method", "mixup", *NOTHING_HELD_OUT, *SMALL],
+    "off introspected": ["--method", "mixup", *INTROSPECTED, *SMALL],
     "live": [*LIVE, *SMALL],
-    "ISM alone": ["--method", "ism", "--uncertainty-loss", "none", *SMALL],
-    "released": ["--method", "ism", "--ism", "released", *SMALL],
+    "ISM alone": ["--method", "ism", *NOTHING_HELD_OUT, *SMALL],
+    "released": ["--method", "ism", "--ism", "released", *NOTHING_HELD_OUT, *SMALL],
     "resnet10t": [*LIVE, "--model", "resnet10t", *COMMON, "64"],
     "mobilenetv3": [*LIVE, "--model", "mobilenetv3_small_050", *COMMON, "64"],
-    "vit": [*LIVE, "--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=3", *COMMON, "48"],
+    "vit": [*LIVE, *VIT, *COMMON, "48"],
 }
 """Options of a run of train_cls.py, by what is particular about it."""
 
 RETRIEVAL = ["--embedding-size", "16", "--warm", "0", "--bn-freeze", "0", "--no-nmi"]
+CLASSES_HELD_OUT = ["--val-fraction", "0.4"]
 
 EMBEDDERS = {
-    "retrieval off": ["--ism", "off", *RETRIEVAL, *SMALL],
-    "retrieval live": ["--ism", "live", "--val-fraction", "0.4", *RETRIEVAL, *SMALL],
-    "retrieval ISM alone": ["--ism", "live", "--uncertainty-loss", "none", *RETRIEVAL, *SMALL],
-    "retrieval released": ["--ism", "released", "--loss", "MS", *RETRIEVAL, *SMALL],
-    "retrieval vit": ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=3", *RETRIEVAL, *COMMON, "48"],
+    "retrieval off": ["--ism", "off", *NOTHING_HELD_OUT, *RETRIEVAL, *SMALL],
+    "retrieval live": ["--ism", "live", *CLASSES_HELD_OUT, *RETRIEVAL, *SMALL],
+    "retrieval ISM alone": ["--ism", "live", *NOTHING_HELD_OUT, *RETRIEVAL, *SMALL],
+    "retrieval released": ["--ism", "released", "--loss", "MS", *NOTHING_HELD_OUT, *RETRIEVAL, *SMALL],
+    "retrieval vit": [*CLASSES_HELD_OUT, *VIT, *RETRIEVAL, *COMMON, "48"],
 }
 """The same of train_dml.py."""
 
