@@ -70,7 +70,7 @@ def public(options: Sequence[str]) -> str:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The figures of a run's last epoch; called in a process of its own, where nothing else is printed."""
+    """The figures of a run's last epoch, and the lowest of an evaluated epoch but the first; called in a process of its own, where nothing else is printed."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
@@ -86,6 +86,8 @@ def train(run: Run) -> dict[str, Any]:
             module, function, *argument = run.change.split(":")
             stack.enter_context(getattr(importlib.import_module(module), function)(*argument))
         own = ["--seed", str(run.seed), "--output-dir", f"{folder}/run", "--threads", "1", "--no-verbose"]
+        # The ISM alone: every training image is trained on, and nothing follows the last epoch.
+        own += ["--no-introspect", *([] if "--val-fraction" in run.options else ["--val-fraction", "0"])]
         started = time.perf_counter()
         try:
             results = script.main([*run.options, *own])
@@ -94,7 +96,11 @@ def train(run: Run) -> dict[str, Any]:
         except Exception as error:
             raise RuntimeError(f"{run.row}, seed {run.seed}: {error}\n{said.getvalue()[-2000:]}") from error
         seconds = time.perf_counter() - started
-    final = {key: value for key, value in results["final"].items() if isinstance(value, (int, float))}
+        lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        epochs = [json.loads(line) for line in lines][1:]  # the first is anything between chance and good
+    measured = {key: [epoch[key] for epoch in epochs if key in epoch] for key in MAIN}
+    lowest = {f"lowest/{key}": min(values) for key, values in measured.items() if values}
+    final = lowest | {key: value for key, value in results["final"].items() if isinstance(value, (int, float))}
     return final | {"wall_seconds": round(seconds, 1)}
 
 

@@ -7,7 +7,8 @@
 Both sides of a pair have the same tries: learning rate of the network and, of losses with proxies, their rate and the
 norm that they start from, or the margin where a loss has one (``tries``). Every try trains on 70 % of the training
 classes with two seeds; the best three go on with three more. What wins by mean R@1 on the other 30 % is then trained on
-all training classes with ten seeds, and tested once. Test classes decide nothing.
+all training classes with ten seeds, and tested once. Test classes decide nothing. On icons each side keeps what won for
+it on emoji-mini, and four learning rates are tried anew, with two seeds.
 
 Tables go into docs/results.md, every run to benchmarks/results/tune.json and losses.json.
 """
@@ -26,7 +27,7 @@ from retrieval_sets import SETS, options_of
 from studies import LIVE, PLAIN, RESULTS, ROOT, Figures, Run, Study, arguments_of, replaced, table
 
 import train_dml
-from idml.errors import run_main
+from idml.errors import UserError, run_main
 from idml.losses import LOSSES
 
 VARIANTS = {"plain": PLAIN, "live": LIVE}
@@ -37,8 +38,12 @@ HELD_OUT = 0.3
 COLUMNS = {"R@1": "R@1", "MAP@R": "MAP@R", "R@1 other families": "other_families/R@1"}
 
 
+ICON_RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+"""Learning rates that are tried on icons."""
+
+
 def tries(loss: str) -> list[tuple[str, ...]]:
-    """The settings that are tried of a loss: the same for plain and live.
+    """The settings that are tried of a loss on emoji-mini: the same for plain and live.
 
     >>> len(tries("Proxy_Anchor")), len(tries("Triplet")), len(tries("MS"))
     (12, 12, 6)
@@ -55,11 +60,31 @@ def tries(loss: str) -> list[tuple[str, ...]]:
     return [("--lr", rate, *more) for rate, more in itertools.product(rates, own)]
 
 
+def tries_on(data: str, loss: str, variant: str, chosen: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The settings that are tried on a set, as many for plain as for live.
+
+    Args:
+        chosen: what has won so far: set -> loss -> variant -> options.
+
+    Raises:
+        UserError: a set that takes over from another that has not been tuned.
+    """
+    if data == "emoji-mini":
+        return tries(loss)
+    try:
+        won = chosen["emoji-mini"][loss][variant]
+    except KeyError:
+        raise UserError(f"tune.json has no settings of {loss} on emoji-mini: run --sets emoji-mini first") from None
+    own = [word for name, value in zip(won[::2], won[1::2], strict=True) if name != "--lr" for word in (name, value)]
+    return [("--lr", rate, *own) for rate in ICON_RATES]
+
+
 def tuned(study: Study, data: str, loss: str, variant: str, arguments: argparse.Namespace) -> tuple[str, ...] | None:
     """The settings that win on held-out training classes; None while runs are missing."""
     base = [*options_of(data, loss, arguments.icons, quick=arguments.quick), *VARIANTS[variant]]
     base += ["--val-fraction", str(HELD_OUT)]
-    settings = {f"{data}, {loss} {variant}, {' '.join(options)}": options for options in tries(loss)}
+    tried = tries_on(data, loss, variant, study.content.get("chosen", {}))
+    settings = {f"{data}, {loss} {variant}, {' '.join(options)}": options for options in tried}
 
     def means(names: list[str], seeds: tuple[int, ...]) -> dict[str, float] | None:
         runs = [
@@ -77,7 +102,7 @@ def tuned(study: Study, data: str, loss: str, variant: str, arguments: argparse.
     if first is None:
         return None
     best = sorted(first, key=lambda name: -first[name])[:KEPT]
-    found = first if arguments.quick else means(best, FIRST + FURTHER)
+    found = first if arguments.quick or data != "emoji-mini" else means(best, FIRST + FURTHER)
     return None if found is None else settings[max(found, key=lambda name: found[name])]
 
 
