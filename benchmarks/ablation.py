@@ -65,9 +65,9 @@ FURTHER = {
     "CutMix": ([*LIVE, "--mix", "cutmix"], ""),
     "loss prediction": ([*LIVE, "--uncertainty-loss", "loss-prediction"], ""),
 }
-"""What is changed for Proxy_Anchor besides."""
+"""What is changed besides, of ``MANY``."""
 
-MANY = ("Proxy_Anchor",)
+MANY = (("emoji-mini", "Proxy_Anchor"),)
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive")
 
 
@@ -152,7 +152,7 @@ def runs_of(data: str, loss: str, arguments: argparse.Namespace) -> list[Run]:
     """All rows of a loss, seed by seed."""
     settings = ["--lr", "1e-3"] if arguments.quick else settings_of(data, loss)
     base = [*options_of(data, loss, arguments.icons, quick=arguments.quick), *settings]
-    variants = ANY | (FURTHER if loss in MANY else {})
+    variants = ANY | (FURTHER if (data, loss) in MANY else {})
     return [
         Run(
             row=f"{data}, {loss}: {name}",

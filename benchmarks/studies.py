@@ -70,7 +70,10 @@ def public(options: Sequence[str]) -> str:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The figures of a run's last epoch, and the lowest of an evaluated epoch but the first; called in a process of its own, where nothing else is printed."""
+    """The figures of a run's last epoch, and the lowest of an evaluated epoch but the first.
+
+    Called in a process of its own, where nothing else is printed.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
