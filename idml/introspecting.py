@@ -220,8 +220,8 @@ def fit_features(
     Returns:
         What was fitted. ``about`` also has ``train_images_read`` and ``held_out_images_read``; and ``error_auroc`` of
         P(wrong) and ``error_auroc_free`` of what is to be had for nothing, 1 - max softmax or 1 - top similarity, both
-        on the held-out images (None where all or none of them are wrong): in classification each image is judged by a
-        head that has not seen it.
+        on the held-out images (None where all or none of them are wrong, the first also where nothing is calibrated):
+        in classification each image is judged by a head that has not seen it.
     """
     train, held_out = (None if part is None or not len(part) else part for part in (train, held_out))
     if task == "classification":

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+from torch import nn
 
 import idml
 from augment import normalise
@@ -20,18 +22,19 @@ from idml.commands.export import export
 from idml.data.collection import read_collection
 from idml.data.image_dataset import read_rgb
 from idml.errors import UserError
-from idml.models import uncertainty_score
+from idml.introspection.introspected import Introspected
 from idml.spec import ModelSpec, fingerprint, load_state
 from idml.trained import Embeddings
-from tests.tiny_models import train_tiny, write_photos, write_searched
+from tests.calibrated_models import write_calibrating_photos, write_calibrating_searched
+from tests.tiny_models import train_tiny
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos/, runs/{live, off, retrieval, plain}, exported/ of the first."""
     root = tmp_path_factory.mktemp("trained")
-    write_photos(root / "photos")
-    write_searched(root / "searched")
+    write_calibrating_photos(root / "photos")
+    write_calibrating_searched(root / "searched")
     for kind in ("live", "off"):
         train_tiny(kind, root / "photos", root / "runs" / kind)
     train_tiny("retrieval live", root / "searched/photos", root / "runs/retrieval")
@@ -56,7 +59,9 @@ def assert_equal(first: Embeddings, second: Embeddings) -> None:
         a, b = getattr(first, field.name), getattr(second, field.name)
         assert (a is None) == (b is None), field.name
         if a is not None:
-            np.testing.assert_allclose(a, b, atol=1e-6, err_msg=field.name)
+            # Coordinates are whitened: rounding is as large as their largest numbers make it. A novelty has steps.
+            least = {"coordinates": 1e-4 * float(np.abs(a).max()), "novelty": 2e-3}.get(field.name, 1e-5)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=least, err_msg=field.name)
 
 
 @pytest.mark.parametrize("name", ["live", "off"])
@@ -73,9 +78,15 @@ def test_predictions_are_those_of_the_runs_figures(root: Path, name: str) -> Non
     np.testing.assert_allclose(found.confidence, found.probabilities.max(1))
     np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
     if name == "live":
-        assert found.uncertainty.mean() == pytest.approx(final["uncertainty_test"], abs=1e-5)
-        assert model.score_name == "P(wrong)" and model.calibrated_on > 0
+        embedded = model.embed([read_rgb(path) for path in paths]).uncertainty_embedding
+        assert np.linalg.norm(embedded, axis=1).mean() == pytest.approx(final["uncertainty_test"], abs=1e-5)
+        assert found.p_wrong is not None and found.novelty is not None
+        np.testing.assert_array_equal(found.uncertainty, found.p_wrong)
+        assert roc_auc_score(found.labels != labels, found.p_wrong) == pytest.approx(final["error_auroc"], abs=1e-6)
+        assert 0 <= found.novelty.min() <= found.novelty.max() <= 108 / 109
+        assert model.score_name == "P(wrong)" and model.calibrated_on == 108
     else:
+        assert found.p_wrong is None and found.novelty is None
         np.testing.assert_allclose(found.uncertainty, 1 - found.confidence, atol=1e-6)
         assert model.score_name == "1 - max softmax" and model.calibrated_on == 0
 
@@ -90,10 +101,29 @@ def test_embeddings_by_hand(root: Path, clothes: np.ndarray) -> None:
     network.load_state_dict(checkpoint["model"])
     with torch.no_grad():
         output = network(normalise(images, square["mean"], square["std"]))
+    introspection = model.spec.build_introspection()
+    assert introspection is not None
+    introspection.load_state_dict(checkpoint["introspection"]["state"])
+    maps: dict[str, torch.Tensor] = {}
+    for layer in introspection.spec.layers.maps:
+        network.get_submodule(layer.name).register_forward_hook(
+            lambda _module, _given, value, name=layer.name: maps.update({name: value})
+        )
+    with torch.no_grad():
+        network(normalise(images, square["mean"], square["std"]))
+        pooled = [
+            torch.cat([nn.functional.adaptive_avg_pool2d(value, 2).flatten(1), value.amax((2, 3))], 1)
+            for value in maps.values()
+        ]
+        scores = introspection(torch.cat([*pooled, output.semantic], 1), None)
     found = model.embed(list(clothes), batch_size=4)
     np.testing.assert_allclose(found.semantic, output.semantic.numpy(), atol=1e-6)
-    np.testing.assert_allclose(found.uncertainty, uncertainty_score(output).numpy(), atol=1e-6)
-    np.testing.assert_allclose(found.belief, output.belief.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found.uncertainty_embedding, output.uncertainty.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found.uncertainty, scores.p_wrong.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.foreseen_loss, scores.foreseen_loss.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found.belief, scores.belief.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.novelty, scores.novelty.numpy(), atol=2e-3)
+    assert model.calibrated_on == 120
     np.testing.assert_allclose(np.linalg.norm(found.semantic, axis=1), 1, atol=1e-5)
     assert len(found) == 6 and found.semantic.shape == (6, 16) and found.probabilities is None
 
@@ -312,15 +342,17 @@ def test_a_spec_goes_through_json(root: Path) -> None:
 
 
 def test_checkpoints_from_before_a_field_existed(root: Path, clothes: np.ndarray) -> None:
-    """Without loss prediction, ``fit`` and ``method``: as they were trained then."""
+    """Without an introspection, ``fit`` and ``method``, and with options that are gone: as they were trained then."""
     path = root / "runs/off/checkpoints/last.pt"
     checkpoint = torch.load(path, weights_only=True)
     config, square = dict(checkpoint["config"]), dict(checkpoint["preprocessing"])
-    for name in ("uncertainty_loss", "temperature", "method"):
+    for name in ("temperature", "method"):
         config.pop(name)
+    config |= {"uncertainty_loss": "loss-prediction", "uncertainty_share": 0.5}
     square.pop("fit")
+    assert "introspection" not in checkpoint
     spec = ModelSpec.from_checkpoint(checkpoint | {"config": config, "preprocessing": square}, "here")
-    assert (spec.uncertainty_loss, spec.temperature, spec.preprocessing.fit) == ("none", 5.0, "crop")
+    assert (spec.introspection, spec.temperature, spec.preprocessing.fit) == (None, 5.0, "crop")
     old = checkpoint | {"config": config | {"dataset": "fashion-mnist"}, "preprocessing": square}
     assert ModelSpec.from_checkpoint(old, "here").preprocessing.fit == "whole"
     network = spec.build()
@@ -329,17 +361,20 @@ def test_checkpoints_from_before_a_field_existed(root: Path, clothes: np.ndarray
 
 
 def test_the_fingerprint_is_of_every_number(model: idml.TrainedModel) -> None:
-    network = model.spec.build()
+    network, introspection = model.spec.build(), model.spec.build_introspection()
+    assert introspection is not None and model.introspection is not None
     network.load_state_dict(model.network.state_dict())
-    assert fingerprint(network) == model.fingerprint == fingerprint(model.network)
+    introspection.load_state_dict(model.introspection.state_dict())
+    whole = Introspected(network, introspection)
+    assert fingerprint(whole) == model.fingerprint == fingerprint(model.whole) != fingerprint(model.network)
     seen = {model.fingerprint}
-    for name, value in network.state_dict().items():
+    for name, value in whole.state_dict().items():
         before = value.clone()
-        value.view(-1)[-1] += 1
-        seen.add(fingerprint(network))
+        value.view(-1)[-1] = ~value.view(-1)[-1] if value.dtype == torch.bool else value.view(-1)[-1].nan_to_num() + 1
+        seen.add(fingerprint(whole))
         value.copy_(before)
-        assert fingerprint(network) == model.fingerprint, name
-    assert len(seen) == 1 + len(network.state_dict()) and all(len(text) == 16 for text in seen)
+        assert fingerprint(whole) == model.fingerprint, name
+    assert len(seen) == 1 + len(whole.state_dict()) and all(len(text) == 16 for text in seen)
 
 
 def test_a_device_that_is_not_there(root: Path) -> None:

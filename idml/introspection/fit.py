@@ -175,6 +175,7 @@ def _calibrate_search(introspection: Introspection, held_out: Features) -> str:
     neighbours, similarities = nearest_neighbours(held_out.semantic.float(), min(2, len(held_out) - 1))
     nearest = neighbours[:, 0]
     wrong = held_out.labels[nearest] != held_out.labels
+    introspection.held_wrong.copy_(wrong)
     note = introspection.calibration.fit(log_loss_evidence(foreseen)[:, None], wrong)
     if not note:
         evidence = search_evidence(belief, foreseen, belief[nearest], foreseen[nearest], similarities)

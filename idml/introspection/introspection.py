@@ -6,6 +6,7 @@ Letters in shapes: B images, C classes, F numbers of the depth vector, K numbers
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,8 +58,8 @@ class IntrospectionSpec:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, which ``from_json`` takes back."""
-        return dataclasses.asdict(self)
+        """Plain values, as JSON gives them back; ``from_json`` takes them."""
+        return dataclasses.asdict(self) | {"layers": self.layers.as_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> IntrospectionSpec:
@@ -141,7 +142,10 @@ class Introspection(nn.Module):
 
     def held_out_auroc(self) -> float:
         """The probability that P(wrong) is higher for a held-out image that was answered wrongly than for one that was
-        answered rightly; of a retrieval model, for the nearest neighbours. NaN where there are none of both."""
+        answered rightly; of a retrieval model, for the nearest neighbours. NaN where there are none of both, or nothing
+        is calibrated: the heads may have learned from these very images."""
+        if not self.spec.calibrated:
+            return math.nan
         wrong = self.held_wrong
         return auroc(self.held_p_wrong[wrong].cpu(), self.held_p_wrong[~wrong].cpu())
 

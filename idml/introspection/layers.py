@@ -54,8 +54,8 @@ class Layers:
     feature_dim: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, which ``from_json`` takes back."""
-        return dataclasses.asdict(self)
+        """Plain values, as JSON gives them back; ``from_json`` takes them."""
+        return dataclasses.asdict(self) | {"maps": [dataclasses.asdict(layer) for layer in self.maps]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Layers:
