@@ -7,7 +7,7 @@ DEMO := runs/demo
 DEMO_DML := runs/demo-dml
 
 help:
-	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores) and compare them"
+	@echo "make demo      train three methods on real images (about 3 minutes on 2 cores), compare them, audit the test images"
 	@echo "make demo-dml  train plain and introspective retrieval on real images (about 3 minutes) and compare them"
 	@echo "make test      lint, types and tests; SLOW=1 runs the slow tests too"
 	@echo "make test-faults  kill runs and damage files, all cases (about 14 minutes)"
@@ -28,6 +28,7 @@ demo: install
 			--output-dir $(DEMO)/$$method || exit $$?; \
 	done
 	@$(PY) -m idml table $(DEMO)/baseline $(DEMO)/cutmix $(DEMO)/idml-cutmix
+	@$(PY) -m idml audit --checkpoint $(DEMO)/idml-cutmix --splits test --out $(DEMO)/report
 
 demo-dml: install
 	@rm -rf $(DEMO_DML)

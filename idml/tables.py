@@ -17,6 +17,7 @@ CLASSIFICATION = {
     "ECE": ("ece", ".3f"),
     "error AUROC": ("error_auroc", ".3f"),
     "1 - max softmax": ("error_auroc_max_softmax", ".3f"),
+    "answered at 5 % risk": ("coverage_at_5_risk", ".1%"),
     "u test": ("uncertainty_test", ".2f"),
     "u clean": ("uncertainty_train_clean", ".2f"),
     "u mixed": ("uncertainty_train_mixed", ".2f"),
