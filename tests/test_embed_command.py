@@ -33,7 +33,7 @@ QUICK = ["--threads", "1", "--workers", "0", "--no-verbose"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
     photos, searched = write_photos(base / "photos"), write_searched(base / "searched")
-    kinds = {"live": photos, "retrieval live": searched, "retrieval off": searched}
+    kinds = {"live": photos, "off": photos, "retrieval live": searched, "retrieval off": searched}
     return {kind: train_tiny(kind, data, base / kind) for kind, data in kinds.items()}
 
 
@@ -65,7 +65,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return error
 
 
-@pytest.mark.parametrize("kind", ["live", "retrieval live", "retrieval off"])
+@pytest.mark.parametrize("kind", ["live", "off", "retrieval live", "retrieval off"])
 def test_the_file_has_what_the_model_says(
     runs: dict[str, Path], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,18 +86,26 @@ def test_the_file_has_what_the_model_says(
     about = table.about
     assert (about["fingerprint"], about["score"]) == (model.fingerprint, model.score_name)
     assert about["preprocessing"]["image_size"] == 32 and about["data_dir"] == str(photos)
-    assert ("uncertainty_embedding" in table.numbers) == (kind != "retrieval off")
+    introspected = kind in ("live", "retrieval live")
+    assert ("uncertainty_embedding" in table.numbers) == introspected
+    for name in ("foreseen_loss", "novelty", "coordinates"):
+        assert (name in table.numbers) == introspected, name
+    assert ("belief" in table.numbers) == (kind == "retrieval live")
     if kind == "retrieval off":
         assert np.isnan(table.numbers["uncertainty"]).all()
-    else:
+    elif introspected:
         np.testing.assert_allclose(
             table.numbers["uncertainty_embedding"], expected.uncertainty_embedding, rtol=1e-3, atol=1e-5
         )
         np.testing.assert_allclose(table.numbers["foreseen_loss"], expected.foreseen_loss, rtol=1e-4)
-        np.testing.assert_allclose(table.numbers["alteration"], expected.alteration, rtol=1e-4)
+        np.testing.assert_allclose(table.numbers["novelty"], expected.novelty, atol=2e-3)  # it has steps
+        assert expected.coordinates is not None and table.numbers["coordinates"].shape == (43, 128)
+        largest = np.abs(expected.coordinates).max()
+        np.testing.assert_allclose(table.numbers["coordinates"], expected.coordinates, atol=1e-4 * largest)
+        assert about["dimensions"]["coordinates"] == 128
     if kind == "retrieval live":
         np.testing.assert_allclose(table.numbers["belief"], expected.belief, rtol=1e-3, atol=1e-5)
-    if kind == "live":
+    if kind in ("live", "off"):
         assert table.top_classes is not None
         assert [row[0] for row in table.top_classes] == list(model.predictions_of(expected).classes)
         assert len(table.top_classes[0]) == 3  # as many as there are

@@ -65,7 +65,8 @@ def test_the_scores_by_hand(root: Path, tmp_path: Path) -> None:
     assert figures["of"] == f"val images of {root / 'photos'}"
     assert figures["top1"] == pytest.approx(1 - wrong.mean(), abs=1e-6)
     assert 0 < wrong.sum() < len(wrong)
-    for name, score in (("P(wrong)", found.uncertainty), ("1 - max softmax", 1 - found.confidence)):
+    assert found.p_wrong is not None
+    for name, score in (("P(wrong)", found.p_wrong), ("1 - max softmax", 1 - found.confidence)):
         assert figures["scores"][name]["error_auroc"] == pytest.approx(roc_auc_score(wrong, score), abs=1e-6)
         assert set(figures["scores"][name]) == {"error_auroc", "aurc", "e_aurc"}
     assert figures["score"]["name"] == "P(wrong)" and next(iter(figures["scores"])) == "P(wrong)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 
 import idml
 from idml.commands.export import export
 from idml.commands.info import info
 from idml.errors import UserError
-from tests.tiny_models import train_tiny, write_photos, write_searched
+from tests.calibrated_models import write_calibrating_photos
+from tests.tiny_models import train_tiny, write_searched
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/live, runs/retrieval (plain), and exports of the first: safetensors/, timm/."""
     root = tmp_path_factory.mktemp("info")
-    train_tiny("live", write_photos(root / "photos"), root / "runs" / "live")
+    train_tiny("live", write_calibrating_photos(root / "photos"), root / "runs" / "live")
     train_tiny("retrieval off", write_searched(root / "searched"), root / "runs" / "retrieval")
     for kind in ("safetensors", "timm"):
         export(["--checkpoint", str(root / "runs" / "live"), "--format", kind, "--out", str(root / kind)])
@@ -54,7 +57,17 @@ def test_a_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "mean": list(checkpoint["preprocessing"]["mean"]),
         "std": list(checkpoint["preprocessing"]["std"]),
     }
-    assert about["score"] == {"name": "P(wrong)", "calibrated_on": model.calibrated_on}
+    assert about["score"] == {"name": "P(wrong)", "calibrated_on": 108}
+    found, introspection = about["introspection"], model.introspection
+    assert introspection is not None
+    assert (found["held_out"], found["fitted_on"], found["heads"], found["calibrated"]) == (108, 360, 5, True)
+    assert [layer["channels"] for layer in found["layers"]] == [16, 32, 64] and found["features"] == 64
+    assert found["vector"] == 5 * (16 + 32 + 64) + 64 == introspection.heads.mean.shape[0]
+    wrong = introspection.held_wrong.numpy()
+    assert found["error_rate"] == pytest.approx(wrong.mean())
+    assert found["error_auroc"] == pytest.approx(roc_auc_score(wrong, introspection.held_p_wrong.numpy()))
+    promise = introspection.promise(0.05, 0.95)
+    assert found["promise"] == (None if promise is None else dataclasses.asdict(promise))
     assert about["run"]["figures"] == results["final"]
     assert (about["run"]["epochs"], about["run"]["steps"]) == (1, 2) and about["run"]["versions"] == results["versions"]
 
@@ -80,12 +93,16 @@ def test_exported_models(root: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_what_is_printed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info([str(root / "runs" / "live")])
     text = capsys.readouterr().out
-    assert "ism (ISM live, loss-prediction)" in text and "resnet8_cifar" in text
+    assert "ism (ISM live)" in text and "resnet8_cifar" in text
     assert "3 trained on: class 0, class 1, class 2\n" in text
-    assert f"P(wrong), calibrated on {idml.load(root / 'runs' / 'live').calibrated_on} images" in text
+    assert "P(wrong), calibrated on 108 images" in text
+    assert "5 heads, fitted on 360 images, calibrated on 108 held-out images, error AUROC 0." in text
+    assert "backbone.blocks.0 (16), backbone.blocks.1 (32), backbone.blocks.2 (64), the 64 features" in text
+    assert "risk of 0.05 cannot be promised" in text or "at most 0.05 of the answers with P(wrong) up to" in text
     info([str(root / "runs" / "retrieval")])
     text = capsys.readouterr().out
     assert "none: a plain retrieval model has no uncertainty" in text and "16 semantic, no uncertainty" in text
+    assert "none: see python -m idml introspect" in text
     assert "R@1" in text
 
 

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.neighbors import NearestNeighbors
 
 import idml
@@ -24,13 +24,13 @@ import train_cls
 from idml.commands.embed import embed
 from idml.commands.search import search
 from idml.contact_sheet import MOST_ROWS
-from idml.embedder import IntrospectiveEmbedder
 from idml.embedding_file import EmbeddingTable, read_table
 from idml.errors import run_main
 from idml.index import EmbeddingIndex, ivfpq_shape
 from idml.retrieval_evaluation import Embedded, evidence_of
 from idml.search import introspective_dissimilarities
 from idml.similarity import introspective_similarity
+from tests.calibrated_models import write_calibrating_searched
 from tests.tiny_models import train_tiny, write_photos, write_searched
 
 QUICK = ["--threads", "1", "--workers", "0", "--no-verbose"]
@@ -39,12 +39,16 @@ KINDS = ("retrieval live", "retrieval off", "retrieval released", "ISM alone")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``photos/<class>/*.png``, 60 of them; ``<kind>/`` models, ``<kind>.parquet`` their embeddings."""
+    """``photos/<class>/*.png``, 60 of them; ``<kind>/`` models, ``<kind>.parquet`` their embeddings. The live one is
+    trained on more images of the same classes, of which enough are held out to calibrate it."""
     folder = tmp_path_factory.mktemp("search")
     photos = write_searched(folder)
-    labelled = write_photos(folder / "labelled")
+    given = dict.fromkeys(KINDS, photos) | {
+        "retrieval live": write_calibrating_searched(folder / "more"),
+        "ISM alone": write_photos(folder / "labelled"),
+    }
     for kind in KINDS:
-        train_tiny(kind, photos if kind.startswith("retrieval") else labelled, folder / kind)
+        train_tiny(kind, given[kind], folder / kind)
         arguments = ["--checkpoint", folder / kind, "--data-dir", photos, "--out", folder / f"{kind}.parquet"]
         embed([*map(str, arguments), *QUICK])
     return folder
@@ -166,7 +170,7 @@ def test_the_probability_of_another_class_is_that_of_evaluation(
     out = tmp_path / "r.csv"
     arguments = ["--index", base / "retrieval live.parquet", "--query", base / "photos", "--out", out]
     run(*arguments, "-k", 1)
-    assert "P(nearest is of another class) was calibrated on" in capsys.readouterr().out
+    assert "P(nearest is of another class) was calibrated on 120 held-out images" in capsys.readouterr().out
     table, model = read_table(base / "retrieval live.parquet"), idml.load(base / "retrieval live")
     numbers = {name: torch.from_numpy(values.copy()) for name, values in table.numbers.items()}
     embedded = Embedded(
@@ -179,14 +183,35 @@ def test_the_probability_of_another_class_is_that_of_evaluation(
     )
     similarity = numbers["embedding"] @ numbers["embedding"].T
     similarities, neighbours = similarity.fill_diagonal_(-2).topk(2)
-    assert isinstance(model.network, IntrospectiveEmbedder)
-    assert int(model.network.search_calibration.fitted_on) > 0
-    expected = model.network.search_calibration(evidence_of(embedded, embedded, neighbours, similarities))
+    assert model.introspection is not None and model.introspection.search_calibration is not None
+    assert int(model.introspection.search_calibration.fitted_on) == model.calibrated_on == 120
+    expected = model.introspection.search_calibration(evidence_of(embedded, embedded, neighbours, similarities))
     found = [float(line["p_other_class"]) for line in results(out)]
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert max(found) - min(found) > 1e-4
     run(*arguments, "-k", 5, "--introspective", "--overwrite")  # of the nearest by the cosine here too
     np.testing.assert_allclose([float(line["p_other_class"]) for line in results(out)][::5], found, atol=1e-6)
+
+
+def test_novelty_among_the_images_that_are_searched(base: Path, tmp_path: Path) -> None:
+    """The share of the images whose nearest other one is nearer than the query's, by brute force; itself left out."""
+    out, inverted = tmp_path / "r.csv", tmp_path / "inverted.png"
+    ImageOps.invert(Image.open(base / "photos/class 1/000.png").convert("L")).save(inverted)
+    copy = shutil.copy(base / "photos/class 2/001.png", tmp_path / "copy.png")
+    run("--index", base / "retrieval live.parquet", "--query", base / "photos", copy, inverted, "-k", 1, "--out", out)
+    table = read_table(base / "retrieval live.parquet")
+    points = table.numbers["coordinates"].astype(np.float64)
+    apart = np.linalg.norm(points[:, None] - points, axis=2)
+    np.fill_diagonal(apart, np.inf)
+    nearest = apart.min(1)
+    expected = (nearest[None] < nearest[:, None]).mean(1)
+    lines = results(out)
+    rows = [table.paths.index(str(Path(line["query"]).relative_to(base / "photos"))) for line in lines[:60]]
+    np.testing.assert_allclose([float(line["novelty"]) for line in lines[:60]], expected[rows], atol=1 / 60 + 1e-6)
+    assert float(lines[60]["novelty"]) < 0.02, "a copy of an image that is searched is nothing new"
+    assert float(lines[61]["novelty"]) > 0.9, "black on white is not searched"
+    run("--index", base / "retrieval off.parquet", "--query", inverted, "--out", tmp_path / "off.csv")
+    assert results(tmp_path / "off.csv")[0]["novelty"] == "", "without an introspection it is not known"
 
 
 @pytest.fixture(scope="module")

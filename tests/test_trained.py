@@ -360,6 +360,19 @@ def test_checkpoints_from_before_a_field_existed(root: Path, clothes: np.ndarray
     assert fingerprint(network) == idml.load(path).fingerprint
 
 
+def test_a_checkpoint_that_was_trained_with_loss_prediction(root: Path, tmp_path: Path, clothes: np.ndarray) -> None:
+    """Its answers are as they were; a warning says how to have P(wrong) again."""
+    checkpoint = torch.load(root / "runs/off/checkpoints/last.pt", weights_only=True)
+    config = checkpoint["config"] | {"ism": "live", "uncertainty_loss": "loss-prediction", "uncertainty_share": 0.5}
+    heads = {"uncertainty_head.depths.0.weight": torch.ones(2, 2), "calibration.weight": torch.ones(3)}
+    torch.save(checkpoint | {"config": config, "model": checkpoint["model"] | heads}, tmp_path / "earlier.pt")
+    with pytest.warns(UserWarning, match=r"earlier\.pt was trained with loss prediction.*python -m idml introspect"):
+        model = idml.load(tmp_path / "earlier.pt", device="cpu")
+    assert (model.spec.ism, model.introspection, model.score_name) == ("off", None, "1 - max softmax")
+    expected = idml.load(root / "runs/off", device="cpu").predict(list(clothes)).probabilities
+    np.testing.assert_array_equal(model.predict(list(clothes)).probabilities, expected)
+
+
 def test_the_fingerprint_is_of_every_number(model: idml.TrainedModel) -> None:
     network, introspection = model.spec.build(), model.spec.build_introspection()
     assert introspection is not None and model.introspection is not None
