@@ -68,7 +68,7 @@ def write_timm_folder(model: TrainedModel, folder: Path, about: Mapping[str, Any
     square = model.spec.preprocessing
     config = {**about, "idml": model.spec.as_json() | {"timm_classifiers": list(classifiers)}}
     config["pretrained_cfg"] = {"tag": "idml"}  # else that of timm's weights for this architecture
-    if classifiers:
+    if model.task == "classification":
         config["label_names"] = list(model.classes)
     data = {
         "input_size": (3, square.image_size, square.image_size),

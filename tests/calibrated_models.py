@@ -13,7 +13,7 @@ def write_calibrating_photos(root: Path) -> Path:
 
 
 def write_calibrating_searched(root: Path) -> Path:
-    """``root/photos/<class>/*.png``: of five classes to train on, two with 60 images are held out by a fraction of 0.4."""
+    """``root/photos/<class>/*.png``: two of the five training classes, 60 images each, are held out by 0.4."""
     write_photos(root / "all", classes=10, train=60, test=0)
     (root / "all" / "train").rename(root / "photos")
     return root / "photos"

@@ -22,13 +22,14 @@ from idml.commands.export import export
 from idml.data.collection import read_collection
 from idml.errors import UserError
 from idml.models import uncertainty_score
-from tests.tiny_models import CLASSIFIERS, EMBEDDERS, train_tiny, write_photos, write_searched
+from tests.calibrated_models import write_calibrating_photos, write_calibrating_searched
+from tests.tiny_models import CLASSIFIERS, EMBEDDERS, train_tiny
 
 FAST = ("live", "retrieval live", "vit")
 KINDS = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in (*CLASSIFIERS, *EMBEDDERS)]
 """Models that every format but ONNX is tested on."""
 
-ONNX_FAST = ("retrieval off",)
+ONNX_FAST = ("retrieval live",)
 ONNX_KINDS = [
     kind if kind in ONNX_FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in (*CLASSIFIERS, *EMBEDDERS)
 ]
@@ -39,7 +40,8 @@ class Models:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.photos, self.searched = write_photos(root / "photos"), write_searched(root / "searched")
+        self.photos = write_calibrating_photos(root / "photos")
+        self.searched = write_calibrating_searched(root / "searched")
 
     def __getitem__(self, kind: str) -> Path:
         run = self.root / "runs" / kind
@@ -67,20 +69,23 @@ def expected_outputs(model: idml.TrainedModel, images: torch.Tensor) -> dict[str
     """By the model's own forward pass and nothing of the exporter."""
     square = model.spec.preprocessing
     with torch.no_grad():
-        output = model.network(normalise(images, square.mean, square.std))
+        output = model.whole(normalise(images, square.mean, square.std))
         found = {"semantic": output.semantic}
         if model.task == "classification":
             found["logits"] = output.logits
             found["uncertainty"] = 1 - output.logits.softmax(1).max(1).values
         if model.spec.ism != "off":
             found |= {"uncertainty": uncertainty_score(output), "uncertainty_embedding": output.uncertainty}
+        if output.scores is not None:
+            found |= {"uncertainty": output.scores.p_wrong, "novelty": output.scores.novelty}
     return {name: value.numpy() for name, value in found.items()}
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(np.asarray(found[name]), value, rtol=1e-4, atol=1e-4, err_msg=name)
+        least = 1e-4 if name != "novelty" else 2e-3  # which has steps of 0.001
+        np.testing.assert_allclose(np.asarray(found[name]), value, rtol=1e-4, atol=least, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ONNX_KINDS)
@@ -103,8 +108,10 @@ def test_an_onnx_file_says_what_it_is(models: Models, tmp_path: Path) -> None:
     stored = {entry.key: json.loads(entry.value) for entry in loaded.metadata_props}
     beside = json.loads((tmp_path / "model.onnx.json").read_text(encoding="utf-8"))
     assert stored["classes"] == beside["classes"] == ["class 0", "class 1", "class 2"]
-    assert stored["score"] == {"name": "P(wrong)", "calibrated_on": model.calibrated_on} and model.calibrated_on > 0
+    assert stored["score"] == {"name": "P(wrong)", "calibrated_on": model.calibrated_on} and model.calibrated_on == 108
     assert "probability" in stored["outputs"]["uncertainty"]["meaning"]
+    assert "less strange" in stored["outputs"]["novelty"]["meaning"]
+    assert beside["introspection"] == stored["introspection"] and stored["introspection"]["held_out"] == 108
     assert stored["fingerprint"] == model.fingerprint
     assert beside["input"]["dtype"] == "float32" and beside["input"]["shape"] == ["batch", 3, 32, 32]
     assert beside["checked"]["largest_difference"] < 1e-4 and beside["checked"]["batch_sizes"] == [1, 3, 16]
@@ -167,7 +174,7 @@ def test_timm_makes_the_plain_model(models: Models, tmp_path: Path, kind: str) -
 
 def test_images_of_ones_own_to_compare_on(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(models["live"], "safetensors", tmp_path / "model", "--data-dir", str(models.photos / "val" / "class 0"))
-    assert "on 8 real images at most 0.0e+00 away" in capsys.readouterr().out
+    assert "outputs logits, semantic, uncertainty, uncertainty_embedding, novelty; on 8 real" in capsys.readouterr().out
     with pytest.raises(UserError, match="no folder"):
         write(models["live"], "safetensors", tmp_path / "other", "--data-dir", str(tmp_path / "none"))
     assert not (tmp_path / "other").exists()
@@ -186,6 +193,38 @@ def test_an_export_that_is_not_the_model_is_removed(
     with pytest.raises(UserError, match=r"torchscript export: .* is 0\.00\d+ away"):
         write(models["live"], "torchscript", tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_that_are_not_the_models_are_told(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A novelty that is off by more than what rounding can do to a rank."""
+    named = exporting.named_outputs
+    monkeypatch.setattr(
+        exporting.ExportedGraph,
+        "forward",
+        lambda self, images: {
+            name: value * 0.9 if name == "novelty" else value
+            for name, value in named(self.network((images.float() - self.shift) / self.scale), plain=True).items()
+        },
+    )
+    with pytest.raises(UserError, match=r"torchscript export: novelty of \d+ images is 0\.0\d+ away"):
+        write(models["off introspected"], "torchscript", tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_may_be_a_step_away_where_an_image_lies_between_two(models: Models) -> None:
+    """Held-out images lie where the table steps: rounding decides there, and must not end an export."""
+    model = idml.load(models["off introspected"], device="cpu")
+    assert model.introspection is not None
+    novelty = model.introspection.novelty
+    at_steps = novelty.table[novelty.table.isfinite()][::100]
+    low, high = exporting.novelty_bounds(model, at_steps)
+    assert (high > low).all() and (high - low < 0.03).all()
+    for sign in (-1, 1):
+        nearly = novelty.novelty(at_steps * (1 + sign * 1e-5)).numpy()
+        assert ((low <= nearly) & (nearly <= high)).all()
+    assert (novelty.novelty(at_steps * 1.5).numpy() > high).any()
 
 
 def test_nothing_is_replaced_unasked(models: Models, tmp_path: Path) -> None:

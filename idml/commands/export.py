@@ -205,7 +205,7 @@ def write_safetensors(model: TrainedModel, place: Path, about: dict[str, Any], c
 
 def write_timm(model: TrainedModel, place: Path, about: dict[str, Any], config: ExportConfig) -> Runner:
     """Write a folder in timm's layout that ``idml.load`` reads too; and read it in both ways."""
-    kept = ("method", "dataset", "score", "fingerprint", "versions")
+    kept = ("method", "dataset", "score", "introspection", "fingerprint", "versions")
     write_timm_folder(model, place, {name: about[name] for name in kept})
     run_ours, square = _read_back(place, config), model.spec.preprocessing
     plain = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
