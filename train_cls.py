@@ -269,7 +269,8 @@ def evaluate_model(
         val = evaluate(model, loaders.val, *measured, flip=flip)
         metrics |= {f"val_{k}": v for k, v in classification_metrics(val.predictions, len(classes)).items()}
     test = evaluate(model, loaders.test, *measured, flip=flip)
-    metrics |= classification_metrics(test.predictions, len(classes)) | uncertainty_metrics(test.predictions)
+    metrics |= classification_metrics(test.predictions, len(classes))
+    metrics |= uncertainty_metrics(test.predictions, ism_on=config.ism != "off")
     if config.ism != "off":
         clean, mixed = probe_uncertainty(model, loaders.probe, *measured, mix=config.mix)
         test = test._replace(mixed_scores=mixed)
@@ -413,7 +414,8 @@ def evaluate_checkpoint(config: ClsConfig, data: DataSplits, model: nn.Module, l
         raise UserError(f"{config.checkpoint} does not fit the model of this config: {error}") from None
     model = with_stored_introspection(model, checkpoint)
     test = evaluate(model, loaders.test, data.preprocessing, config.precision, flip=config.tta == "flip")
-    metrics = classification_metrics(test.predictions, len(data.train.classes)) | uncertainty_metrics(test.predictions)
+    metrics = classification_metrics(test.predictions, len(data.train.classes))
+    metrics |= uncertainty_metrics(test.predictions, ism_on=config.ism != "off")
     default = Path(config.checkpoint).resolve().parent.parent / "evaluation"
     directory = Path(config.output_dir) if config.output_dir else default
     say(f"{len(data.test)} test images: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -181,7 +181,7 @@ def classifier_figures(
         scores.append(classifier_scores(network, output, generator))
     predictions = concatenate(batches)
     figures: dict[str, Any] = classification_metrics(predictions, len(model.classes))
-    figures |= uncertainty_metrics(predictions)
+    figures |= uncertainty_metrics(predictions, ism_on=network.ism != "off")
     right = predictions.predicted == predictions.label
     joined: dict[str, Tensor] = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
     own = model.score_name

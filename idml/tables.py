@@ -65,7 +65,7 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [["method", *columns, "seconds"]]
     for run in runs:
         final = run["final"]
-        figures = [format(final[key], form) if key in final else "-" for key, form in columns.values()]
+        figures = ["-" if final.get(key) is None else format(final[key], form) for key, form in columns.values()]
         rows.append([run["method"], *figures, f"{run['wall_seconds']:.0f}"])
     return rows
 

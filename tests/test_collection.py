@@ -127,7 +127,9 @@ def test_images_in_memory_that_a_classifier_was_trained_on(fashion: dict[str, np
 
 
 def test_files_that_a_classifier_was_trained_on(image_folder: Path) -> None:
-    found = trained_on(config_of(ClsConfig(dataset="folder", data_dir=str(image_folder), batch_size=8)))
+    config = ClsConfig(dataset="folder", data_dir=str(image_folder), batch_size=8, val_fraction=0.25)
+    found = trained_on(config_of(config))
+    assert found.splits.count("val") == 9
     assert len(found) == 48 and found.root == image_folder
     assert found.names[0] == "train/bag/000.png" and found.splits[0] == "train"
     assert found.names[-1] == "val/coat/003.png" and found.splits[-1] == "test"  # the images that figures are of
@@ -136,13 +138,17 @@ def test_files_that_a_classifier_was_trained_on(image_folder: Path) -> None:
         trained_on(config_of(ClsConfig(dataset="folder", data_dir=str(image_folder / "gone"))))
 
 
-def test_what_a_retrieval_model_was_trained_on(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
-    """Classes of the splits are others, and together they are all."""
+def clothes(root: Path, fashion: dict[str, np.ndarray]) -> DmlConfig:
+    """Six classes of four images below ``root``, and the config of a retrieval run on them."""
     for label in range(6):
         for number, index in enumerate(np.flatnonzero(fashion["test_labels"] == label)[:4]):
-            put(Image.fromarray(fashion["test_images"][index]), tmp_path, f"class {label}/{number}.png")
-    config = DmlConfig(dataset="folder", data_dir=str(tmp_path), batch_size=4, image_size=32, ks=[1])
-    found = trained_on(config_of(config))
+            put(Image.fromarray(fashion["test_images"][index]), root, f"class {label}/{number}.png")
+    return DmlConfig(dataset="folder", data_dir=str(root), batch_size=4, image_size=32, ks=[1], val_fraction=0.0)
+
+
+def test_what_a_retrieval_model_was_trained_on(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
+    """Classes of the splits are others, and together they are all."""
+    found = trained_on(config_of(clothes(tmp_path, fashion)))
     assert found.dataset.classes == tuple(f"class {label}" for label in range(6)) and len(found) == 24
     assert all(name.startswith(f"{label}/") for name, label in zip(found.names, found.labels, strict=True))
     of_split = {
@@ -151,8 +157,14 @@ def test_what_a_retrieval_model_was_trained_on(tmp_path: Path, fashion: dict[str
     assert set(of_split) == {"train", "test"} and not of_split["train"] & of_split["test"]
 
 
-def test_options_that_a_checkpoint_has_too_many_or_too_few(image_folder: Path) -> None:
-    """A checkpoint of another version of this project."""
+def test_options_that_a_checkpoint_has_too_many_or_too_few(
+    image_folder: Path, tmp_path: Path, fashion: dict[str, np.ndarray]
+) -> None:
+    """A checkpoint of another version of this project: an earlier one held nothing out unless it was asked to."""
     config = config_of(ClsConfig(dataset="folder", data_dir=str(image_folder), batch_size=8))
-    del config["uncertainty_loss"], config["val_fraction"]
-    assert len(trained_on(config | {"an_option_of_tomorrow": 3})) == 48
+    del config["introspect"], config["val_fraction"]
+    found = trained_on(config | {"an_option_of_tomorrow": 3, "uncertainty_loss": "loss-prediction"})
+    assert len(found) == 48 and set(found.splits) == {"train", "test"}
+    config = config_of(clothes(tmp_path / "clothes", fashion))
+    del config["introspect"], config["val_fraction"]
+    assert set(trained_on(config | {"uncertainty_share": 0.5}).splits) == {"train", "test"}

@@ -34,11 +34,11 @@ def write_fashion_mnist(folder: Path, fashion: dict[str, np.ndarray], suffix: st
 
 def folder_config(root: Path, **values: object) -> ClsConfig:
     defaults = {"dataset": "folder", "data_dir": str(root), "image_size": 32, "batch_size": 8, "workers": 0}
-    return ClsConfig(**(defaults | values))
+    return ClsConfig(**(defaults | {"val_fraction": 0.0} | values))
 
 
 def test_the_embedded_data_is_balanced_and_real(fashion: dict[str, np.ndarray]) -> None:
-    data = read_splits(ClsConfig())
+    data = read_splits(ClsConfig(val_fraction=0.0))
     assert (len(data.train), len(data.test), data.val) == (5000, 1000, None)
     assert np.bincount(data.train.labels).tolist() == [500] * 10
     assert np.bincount(data.test.labels).tolist() == [100] * 10
@@ -65,7 +65,7 @@ def test_the_embedded_data_is_what_its_script_cuts_from_the_full_set(fashion: di
 @pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
 def test_fashion_mnist_from_a_folder(tmp_path: Path, fashion: dict[str, np.ndarray], suffix: str, below: str) -> None:
     write_fashion_mnist(tmp_path / below, fashion, suffix)
-    data = read_splits(ClsConfig(dataset="fashion-mnist", data_dir=str(tmp_path), image_size=28))
+    data = read_splits(ClsConfig(dataset="fashion-mnist", data_dir=str(tmp_path), image_size=28, val_fraction=0.0))
     assert np.array_equal(data.train.images[..., 0], fashion["train_images"][:300])
     assert np.array_equal(data.test.labels, fashion["test_labels"][:100])
 
@@ -92,7 +92,7 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, fashion: dict[str, np.ndarr
 
 
 def test_digits_are_split_evenly_and_not_flipped() -> None:
-    config = ClsConfig(dataset="digits")
+    config = ClsConfig(dataset="digits", val_fraction=0.0)
     data = read_splits(config)
     assert len(data.train) + len(data.test) == 1797
     share = np.bincount(data.test.labels) / (np.bincount(data.train.labels) + np.bincount(data.test.labels))

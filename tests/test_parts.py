@@ -23,7 +23,7 @@ from tests.tiny_models import write_photos, write_searched
 
 NORM, PLAIN = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
 SMALL = ["--model", "resnet18", "--image-size", "32", "--epochs", "1", "--threads", "1", "--workers", "0"]
-SMALL += ["--loader", "torch", "--dataset", "folder", "--no-verbose"]
+SMALL += ["--loader", "torch", "--dataset", "folder", "--no-verbose", "--val-fraction", "0"]
 
 
 def config(grad_accum: int, *, bn_freeze: bool = False) -> SimpleNamespace:
@@ -75,7 +75,7 @@ def photos(in_tmp: Path) -> list[str]:
     ("options", "said"),
     [
         (["--batch-size", "6", "--grad-accum", "3"], "steps of 2 images go through in 1 part, not 3"),
-        (["--batch-size", "6", "--grad-accum", "6", "--uncertainty-loss", "loss-prediction"], "in 3 parts, not 6"),
+        (["--batch-size", "6", "--grad-accum", "6"], "in 3 parts, not 6"),
         (["--batch-size", "12", "--grad-accum", "3"], "steps of 2 images go through in 1 part"),
         (["--batch-size", "1", "--bn-freeze"], ""),
         (["--batch-size", "25"], ""),
@@ -107,7 +107,7 @@ def test_steps_of_one_image_are_refused(photos: list[str], capsys: pytest.Captur
 @pytest.mark.slow
 def test_two_processes(photos: list[str], in_tmp: Path) -> None:
     """26 images in steps of 8: a last one of 2, one for each process, is joined to the one before."""
-    options = [*SMALL, *photos, "--method", "ism", "--uncertainty-loss", "loss-prediction", "--grad-accum", "4"]
+    options = [*SMALL, *photos, "--method", "ism", "--grad-accum", "4"]
     done = launch(2, ROOT / "train_cls.py", *options, "--batch-size", "8", "--output-dir", "run", cwd=in_tmp)
     assert done.returncode == 0, done.stderr
     assert "steps of 8 images go through in 2 parts, not 4" in done.stdout

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ TWENTY_STEPS = (
     "cosine",
     "--log-every",
     "1",
+    "--val-fraction",
+    "0",
 )
 
 
@@ -49,20 +52,13 @@ def step_losses(run: Path) -> list[float]:
 
 
 WITH_ISM = [method for method, (ism, _) in METHODS.items() if ism != "off"]
-FORESIGHT = ["--uncertainty-loss", "loss-prediction"]
-OTHER_HEADS = {
-    f"{method}, {name}": ["--method", method, *options]
-    for name, options in {"loss prediction": FORESIGHT, "released": ["--ism", "released"]}.items()
-    for method in WITH_ISM
-}
-"""Other heads than the default one; released is as it has always been."""
-
-GOLDEN_RUNS = {method: ["--method", method] for method in METHODS} | OTHER_HEADS
+RELEASED = {f"{method}, released": ["--method", method, "--ism", "released"] for method in WITH_ISM}
+GOLDEN_RUNS = {method: ["--method", method] for method in METHODS} | RELEASED
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of 20 steps of each of the six methods, and of those with another uncertainty head."""
+    """A run of 20 steps of each of the six methods, and of those with ISM by the released formula; none held out."""
     base = tmp_path_factory.mktemp("runs")
     for name, options in GOLDEN_RUNS.items():
         train_cls.main([*options, *TWENTY_STEPS, "--output-dir", str(base / name)])
@@ -89,18 +85,11 @@ def test_the_loss_curve_has_not_moved(runs: dict[str, Path], method: str) -> Non
 @pytest.mark.parametrize("method", ["ism", "idml-mixup", "idml-cutmix"])
 def test_the_uncertainty_head_was_trained(runs: dict[str, Path], method: str) -> None:
     seed_everything(1)
-    arguments = {"uncertainty_dim": 128}
-    fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments).state_dict()
+    fresh = IntrospectiveClassifier("resnet8_cifar", 10, uncertainty_dim=128).state_dict()
     trained = torch.load(runs[method] / "checkpoints/last.pt", weights_only=True)["model"]
     name = "uncertainty_head.weight"
     assert 0.2 < trained["uncertainty_head.gain"] < 5 and trained["uncertainty_head.gain"] != 1
     assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).float().mean() > 0.4
-    seed_everything(1)
-    fresh = IntrospectiveClassifier("resnet8_cifar", 10, **arguments, uncertainty_loss="loss-prediction").state_dict()
-    trained = torch.load(runs[f"{method}, loss prediction"] / "checkpoints/last.pt", weights_only=True)["model"]
-    for name in ("uncertainty_head.foresee.4.weight", "uncertainty_head.believe.4.weight"):
-        assert ((trained[name] - fresh[name]).abs().sum(1) > 1e-3).all(), name
-    assert trained["uncertainty_head.batches"] == 40  # the batch and the spoilt images of each step
 
 
 def test_ism_moves_the_losses(runs: dict[str, Path]) -> None:
@@ -112,7 +101,7 @@ def test_ism_moves_the_losses(runs: dict[str, Path]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_run_directory(runs: dict[str, Path], method: str) -> None:
     run = runs[method]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run)
     assert [line["epoch"] for line in lines] == [1]
     measured = lines[0]
     assert measured["step"] == 20
@@ -141,13 +130,7 @@ def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path], fashion
     checkpoint = torch.load(run / "checkpoints/last.pt", weights_only=True)
     config, preprocessing = checkpoint["config"], checkpoint["preprocessing"]
     assert checkpoint["classes"][8] == "Bag"
-    model = IntrospectiveClassifier(
-        config["model"],
-        10,
-        uncertainty_dim=config["uncertainty_dim"],
-        ism=config["ism"],
-        uncertainty_loss=config["uncertainty_loss"],
-    )
+    model = IntrospectiveClassifier(config["model"], 10, uncertainty_dim=config["uncertainty_dim"], ism=config["ism"])
     model.load_state_dict(checkpoint["model"])
     pixels = torch.from_numpy(np.pad(fashion["test_images"], ((0, 0), (2, 2), (2, 2)))).float().div(255)
     images = (pixels[:, None].expand(-1, 3, -1, -1) - preprocessing["mean"][0]) / preprocessing["std"][0]
@@ -194,7 +177,8 @@ def test_the_table_of_runs(runs: dict[str, Path], capsys: pytest.CaptureFixture[
         print_table(["nowhere"])
 
 
-SMALL = ("--model", "resnet8_cifar", "--dataset", "digits", "--max-steps", "4", "--epochs", "2", "--crop-padding", "0")
+DIGITS = ("--model", "resnet8_cifar", "--dataset", "digits", "--epochs", "2", "--crop-padding", "0")
+SMALL = (*DIGITS, "--max-steps", "4", "--no-introspect")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +206,7 @@ def test_half_precision(image_folder: Path, tmp_path: Path, precision: str) -> N
         [
             "--dataset",
             "folder",
+            "--no-introspect",
             "--data-dir",
             str(image_folder),
             "--image-size",
@@ -241,25 +226,81 @@ def test_half_precision(image_folder: Path, tmp_path: Path, precision: str) -> N
     assert np.isfinite(results["final"]["nll"])
 
 
-def test_a_validation_split_picks_the_best_epoch(tmp_path: Path) -> None:
-    results = train_cls.main(
-        [
-            *SMALL,
-            "--max-steps",
-            "40",
-            "--batch-size",
-            "64",
-            "--val-fraction",
-            "0.2",
-            "--output-dir",
-            str(tmp_path / "run"),
-        ]
-    )
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+HELD_OUT = (*DIGITS, "--max-steps", "36", "--method", "ism", "--val-fraction", "0.2")
+
+
+@pytest.fixture(scope="module")
+def introspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a fifth of its images held out, so it ends with an introspection."""
+    run = tmp_path_factory.mktemp("introspected") / "run"
+    train_cls.main([*HELD_OUT, "--output-dir", str(run)])
+    return run
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_validation_split_picks_the_best_epoch(introspected: Path) -> None:
+    results = json.loads((introspected / "results.json").read_text(encoding="utf-8"))
+    lines = read_lines(introspected)
     best = max(lines, key=lambda line: line["val_top1"])
     assert len(lines) == 2
     assert results["best"] == best | {"picked_on": "validation split"}
     assert results["final"] == lines[-1]
+
+
+def test_an_introspection_follows_the_last_epoch(introspected: Path) -> None:
+    results = json.loads((introspected / "results.json").read_text(encoding="utf-8"))
+    first, final = read_lines(introspected)
+    measured = {"error_auroc", "error_ece", "e_aurc", "coverage_at_5_risk"}
+    assert measured <= set(final) and not measured & set(first), "of the last epoch alone"
+    assert final["error_auroc"] > final["error_auroc_max_softmax"] + 0.02 and final["error_ece"] < 0.15
+    about = results["introspection"]
+    assert (about["train_images_read"], about["held_out_images_read"]) == (1154, 288), "all of them"
+    assert about["error_auroc"] > about["error_auroc_free"]
+    log = read_tensorboard(introspected)
+    assert [event.value for event in log.Scalars("error_auroc")] == pytest.approx([final["error_auroc"]])
+    assert "reliability of P(wrong) on the test images" in log.Tags()["images"]
+    assert (introspected / "pictures/reliability.png").exists()
+
+
+def test_the_introspection_leaves_the_network_as_it_was(introspected: Path, tmp_path: Path) -> None:
+    train_cls.main([*HELD_OUT, "--no-introspect", "--output-dir", str(tmp_path / "run")])
+    stored = [torch.load(run / "checkpoints/last.pt", weights_only=True) for run in (introspected, tmp_path / "run")]
+    assert "introspection" in stored[0] and "introspection" not in stored[1]
+    for name, value in stored[1]["model"].items():
+        assert torch.equal(value, stored[0]["model"][name]), name
+    finals = [read_lines(run)[-1] for run in (introspected, tmp_path / "run")]
+    same = {name: value for name, value in finals[1].items() if "second" not in name}
+    assert {"top1", "nll", "val_top1", "uncertainty_test"} <= set(same) and "error_auroc" not in same
+    assert same == {name: finals[0][name] for name in same}
+
+
+def test_a_stored_introspection_gives_the_reported_figures(introspected: Path, tmp_path: Path) -> None:
+    checkpoint = str(introspected / "checkpoints/last.pt")
+    metrics = train_cls.main(["--eval-only", "--checkpoint", checkpoint, "--output-dir", str(tmp_path / "out")])
+    final = read_lines(introspected)[-1]
+    assert "error_auroc" in metrics
+    assert metrics == pytest.approx({name: final[name] for name in metrics})
+
+
+def test_an_introspection_without_held_out_images_is_not_calibrated(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", "folder", "--data-dir", str(image_folder), "--image-size", "32", "--model", "resnet8_cifar"]
+    options += ["--batch-size", "12", "--max-steps", "1", "--val-fraction", "0", "--output-dir", str(tmp_path / "run")]
+    results = train_cls.main([*options, "--introspect"])
+    said = capsys.readouterr().out
+    assert "warning: no images were held out (--val-fraction), so P(wrong) will not be calibrated" in said
+    assert "not calibrated: no images were held out" in said
+    assert results["introspection"]["held_out_images_read"] == 0 and "error_auroc" in results["final"]
+
+
+def test_nothing_is_introspected_where_nothing_is_held_out(runs: dict[str, Path]) -> None:
+    assert json.loads((runs["ism"] / "results.json").read_text(encoding="utf-8"))["introspection"] is None
+    assert "introspection" not in torch.load(runs["ism"] / "checkpoints/last.pt", weights_only=True)
+    assert "error_auroc" not in read_lines(runs["ism"])[-1] and "error_auroc_max_softmax" in read_lines(runs["ism"])[-1]
 
 
 def test_a_folder_of_images_trains_with_workers(image_folder: Path, tmp_path: Path) -> None:
@@ -267,6 +308,7 @@ def test_a_folder_of_images_trains_with_workers(image_folder: Path, tmp_path: Pa
         [
             "--dataset",
             "folder",
+            "--no-introspect",
             "--data-dir",
             str(image_folder),
             "--image-size",
@@ -292,6 +334,7 @@ def test_a_model_of_fixed_input_size_gets_the_right_one(image_folder: Path, tmp_
         [
             "--dataset",
             "folder",
+            "--no-introspect",
             "--data-dir",
             str(image_folder),
             "--image-size",
@@ -327,7 +370,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--model", "resnet20_cifr"), "did you mean resnet20_cifar"),
         (("--method", "idml-cutmx"), "did you mean idml-cutmix"),
         (("--mix-prob", "1.5"), "between 0 and 1, got 1.5"),
-        (("--batch-size", "5001"), "--batch-size 5001 is larger than the 5000 training images"),
+        (("--batch-size", "4501"), "--batch-size 4501 is larger than the 4500 training images"),
         (("--dataset", "folder", "--data-dir", "nowhere", "--val-fraction", "0.1"), "no folder nowhere"),
         (("--learning-rate", "1"), "unknown option --learning-rate"),
     ],

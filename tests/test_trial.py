@@ -25,13 +25,20 @@ from tests.tiny_models import write_photos, write_searched
 OPTIONS = ["--batch-size", "8", "--max-steps", "1", "--threads", "1", "--workers", "0", "--loader", "torch"]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few photos for each of the two scripts."""
+    root = tmp_path_factory.mktemp("images")
+    return {"cls": write_photos(root / "photos", train=4, test=2), "dml": write_searched(root / "searched")}
+
+
 @pytest.fixture
-def photos(in_tmp: Path) -> dict[str, list[str]]:
-    """Options of the two scripts for a few photos."""
-    common = ["--dataset", "folder", *OPTIONS, "--data-dir"]
+def photos(in_tmp: Path, written: dict[str, Path]) -> dict[str, list[str]]:
+    """Options of the two scripts for them."""
+    common = ["--dataset", "folder", "--val-fraction", "0", *OPTIONS, "--data-dir"]
     return {
-        "cls": [*common, str(write_photos(in_tmp / "photos", train=4, test=2)), "--method", "baseline"],
-        "dml": [*common, str(write_searched(in_tmp / "searched")), "--ism", "off"],
+        "cls": [*common, str(written["cls"]), "--method", "baseline"],
+        "dml": [*common, str(written["dml"]), "--ism", "off"],
     }
 
 
@@ -52,19 +59,19 @@ def config(model: str, *model_kwargs: str) -> SimpleNamespace:
     )
 
 
-def network(name: str, size: int, *, retrieval: bool = False, **options: object) -> nn.Module:
+def network(name: str, size: int, *, retrieval: bool = False) -> nn.Module:
     torch.manual_seed(0)
     backbone = create_backbone(name, image_size=size)
     if retrieval:
-        return IntrospectiveEmbedder(backbone, 16, num_classes=3, **options)
-    return IntrospectiveClassifier(backbone, 3, **options)
+        return IntrospectiveEmbedder(backbone, 16)
+    return IntrospectiveClassifier(backbone, 3)
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", "resnet10t", "levit_128s"])
 @pytest.mark.parametrize("retrieval", [False, True])
 def test_nothing_is_moved(name: str, retrieval: bool) -> None:
     size = 224 if name.startswith("levit") else 32
-    model = network(name, size, retrieval=retrieval, uncertainty_loss="loss-prediction")
+    model = network(name, size, retrieval=retrieval)
     model.backbone.get_submodule(next(key for key, _ in model.backbone.named_modules() if "bn" in key)).eval()
     modes = [module.training for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -80,7 +87,7 @@ def test_nothing_is_moved(name: str, retrieval: bool) -> None:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_() if "attention_bias" in key else parameter.mul_(0.9)
-    fresh = network(name, size, retrieval=retrieval, uncertainty_loss="loss-prediction")
+    fresh = network(name, size, retrieval=retrieval)
     fresh.load_state_dict(model.state_dict())
     images = torch.rand(2, 3, size, size)
     for each in (model, fresh):
@@ -165,8 +172,8 @@ def test_every_size_of_a_progressive_training_is_tried(
 
 @pytest.mark.parametrize(("name", "size"), [("coat_tiny", 64), ("efficientvim_m1", 64), ("crossvit_tiny_240", 240)])
 def test_backbones_that_give_several_maps(name: str, size: int) -> None:
-    """Pooled as the backbone pools them, in training and with the head that looks at several depths."""
-    model = network(name, size, retrieval=True, uncertainty_loss="loss-prediction")
+    """Pooled as the backbone pools them, in training and in evaluation."""
+    model = network(name, size, retrieval=True)
     try_out(model, config(name), size, [size], [8])
     images = torch.rand(2, 3, size, size)
     output = model(images)

@@ -24,6 +24,9 @@ LAYOUT = (
 )
 """What a folder may look like, for errors."""
 
+HELD_NOTHING_OUT: dict[str, Any] = {"val_fraction": 0.0}
+"""What a checkpoint that does not say so was trained with: earlier versions held nothing out by default."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Collection:
@@ -134,7 +137,7 @@ def _classification_images(config: Mapping[str, Any]) -> Collection:
     from idml.data.datasets import read_splits
 
     known = {field.name for field in dataclasses.fields(ClsConfig)}
-    values = {name: value for name, value in config.items() if name in known}
+    values = HELD_NOTHING_OUT | {name: value for name, value in config.items() if name in known}
     data = read_splits(build_config(ClsConfig, values | {"pretrained": None}))  # that file may be gone by now
     parts = {"train": data.train, "val": data.val, "test": data.test}
     return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))
@@ -146,7 +149,7 @@ def _retrieval_images(config: Mapping[str, Any]) -> Collection:
     from idml.data.retrieval_datasets import read_retrieval_data
 
     known = {field.name for field in dataclasses.fields(DmlConfig)}
-    values = {name: config[name] for name in known if name in config}
+    values = HELD_NOTHING_OUT | {name: config[name] for name in known if name in config}
     data = read_retrieval_data(build_config(DmlConfig, values | {"pretrained": None}))
     parts = {"train": data.train, "val": data.val, "test": data.test, "gallery": data.gallery}
     return _joined({name: part for name, part in parts.items() if part is not None}, str(config["dataset"]))

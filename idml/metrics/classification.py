@@ -83,19 +83,23 @@ def classification_metrics(predictions: Predictions, num_classes: int) -> dict[s
     return metrics
 
 
-def uncertainty_metrics(predictions: Predictions) -> dict[str, float]:
+def uncertainty_metrics(predictions: Predictions, *, ism_on: bool) -> dict[str, float]:
     """What the scores are worth on N images, next to the score that every classifier gives for nothing.
 
+    Args:
+        predictions: of a model.
+        ism_on: whether the model has an uncertainty embedding.
+
     Returns:
-        ``uncertainty_test``: mean of |u|. ``error_auroc_max_softmax``, ``e_aurc_max_softmax``: of 1 - max softmax. With
-        an introspection ``error_auroc``, ``e_aurc``, of ``p_wrong``; ``error_ece``, its calibration error as a
-        probability; ``coverage_at_5_risk``, the share of images that could be answered with 5 % errors. See
-        ``selective_metrics``. NaN where all answers are right, or all wrong.
+        With ISM ``uncertainty_test``, the mean of |u|. ``error_auroc_max_softmax``, ``e_aurc_max_softmax``: of
+        1 - max softmax. With an introspection ``error_auroc``, ``e_aurc``, of ``p_wrong``; ``error_ece``, its
+        calibration error as a probability; ``coverage_at_5_risk``, the share of images that could be answered with 5 %
+        errors. See ``selective_metrics``. NaN where all answers are right, or all wrong.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # slow to import: only where used
 
     right = predictions.predicted == predictions.label
-    metrics = {"uncertainty_test": predictions.uncertainty.mean().item()}
+    metrics = {"uncertainty_test": predictions.uncertainty.mean().item()} if ism_on else {}
     free = selective_metrics(1 - predictions.confidence, right)
     metrics |= {"error_auroc_max_softmax": free["error_auroc"], "e_aurc_max_softmax": free["e_aurc"]}
     if not predictions.p_wrong.isnan().any():
