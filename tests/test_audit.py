@@ -6,7 +6,6 @@ import base64
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -42,15 +41,16 @@ HOSTILE = "=<b onload=x>&'.png"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints: classifiers with and without ISM, retrieval models with and without."""
+    """Checkpoints: a classifier and a retrieval model with ISM and introspection, and plain ones without."""
     root = tmp_path_factory.mktemp("models")
     common = ["--no-verbose", "--val-fraction", "0.2", "--output-dir"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train_cls.main([*DIGITS, "--epochs", "4", "--method", "ism", *common, str(root / "ism")])
-        train_cls.main([*DIGITS, "--epochs", "1", "--method", "baseline", *common, str(root / "plain")])
+        plain = [*DIGITS, "--epochs", "1", "--method", "baseline", "--no-introspect"]
+        train_cls.main([*plain, *common, str(root / "plain")])
         train_dml.main([*EMOJI, "--ism", "live", *common, str(root / "retrieval")])
-        train_dml.main([*EMOJI, "--ism", "off", *common, str(root / "plain retrieval")])
+        train_dml.main([*EMOJI, "--ism", "off", "--no-introspect", *common, str(root / "plain retrieval")])
     return {name: root / name for name in ("ism", "plain", "retrieval", "plain retrieval")}
 
 
@@ -204,6 +204,68 @@ def test_uncertainty_by_strength(report: Audited) -> None:
     assert float(mixed[-1]["auroc_against_clean"]) > 0.6
 
 
+def test_what_the_model_would_refuse(models: dict[str, Path], report: Audited) -> None:
+    """By the threshold that the model's own held-out images give, counted by hand."""
+    model = idml.load(models["ism"])
+    assert model.introspection is not None and model.calibrated_on == 288
+    promise = model.introspection.promise(0.05, 0.95)
+    assert promise is not None
+    refusal = report.metrics["refusal"]
+    assert refusal["promise"]["threshold"] == pytest.approx(promise.threshold) and promise.held_out == 288
+    answered = {row["path"] for row in report.images if row["decision"] == "answer"}
+    by_hand = {row["path"] for row in report.images if float(row["uncertainty"]) <= promise.threshold}
+    assert answered == by_hand and {row["decision"] for row in report.images} == {"answer", "refuse"}
+    assert refusal["answered"] == pytest.approx(len(answered) / len(report.images))
+    judged = [row for row in report.images if row["split"] == "test"]
+    for share in refusal["shares"]:
+        own = [
+            row for row in judged if share["name"] in ("all", {"answer": "answered"}.get(row["decision"], "refused"))
+        ]
+        assert (share["images"], share["right"]) == (len(own), sum(row["correct"] == "true" for row in own))
+    shares = {share["name"]: share["share"] for share in refusal["shares"]}
+    assert shares["answered"] > shares["all"] > shares["refused"]
+    assert "Answered at 5.0\u00a0% risk" in Elements(report.page).text
+    assert f"up to {100 * promise.threshold:.2f}\u00a0% are wrong" in Elements(report.page).text
+
+
+def test_another_risk_is_another_threshold(models: dict[str, Path], photos: Photos, tmp_path: Path) -> None:
+    options = ["--data-dir", str(photos.root), "--shift-images", "0", "--splits", "test", "--pictures", "2"]
+    bold = run(models["ism"], tmp_path / "bold", *options, "--max-risk", "0.3")
+    never = run(models["ism"], tmp_path / "never", *options, "--max-risk", "0.0001")
+    assert bold.metrics["refusal"]["promise"]["max_risk"] == 0.3
+    assert bold.metrics["refusal"]["answered"] > 0.8 and "Answered, and wrong" in bold.page
+    assert "288 held-out images are not enough to promise it of this model" in never.page
+    assert {row["decision"] for row in never.images} == {""} and never.metrics["refusal"]["promise"] is None
+
+
+def test_what_is_new_to_the_model_is_found(
+    models: dict[str, Path], photos: Photos, fashion: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Ten clothes among ninety digits."""
+    digits = sorted((photos.root / "test").rglob("*[0-9].png"))[:90]
+    for file in digits:
+        (tmp_path / "mixed" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "mixed" / file.parent.name)
+    for number in range(10):
+        Image.fromarray(fashion["test_images"][number]).save(tmp_path / f"mixed/1/clothes{number}.png")
+    found = run(models["ism"], tmp_path / "out", "--data-dir", str(tmp_path / "mixed"), "--shift-images", "0")
+    new = found.table("new_images.csv")
+    assert [row["rank"] for row in new] == [str(rank) for rank in range(1, len(new) + 1)]
+    assert {Path(row["path"]).stem[:7] for row in new[:10]} == {"clothes"}
+    strangeness = [float(row["strangeness"]) for row in new]
+    assert strangeness == sorted(strangeness, reverse=True)
+    novel = {row["path"] for row in found.images if float(row["novelty"]) >= 0.99}
+    assert novel == {row["path"] for row in new} and len(novel) < 60
+    assert found.metrics["novelty"]["new_images"] == found.metrics["novelty"]["splits"][""]["new"] == len(new)
+    rows = {row["path"]: row for row in found.images}
+    names = [row["path"] for row in new[:3]]
+    says = idml.load(models["ism"]).predict([Image.open(tmp_path / "mixed" / name) for name in names])
+    assert says.novelty is not None
+    np.testing.assert_allclose([float(rows[name]["novelty"]) for name in names], says.novelty, atol=2e-3)
+    section = found.page.split('id="new"')[1].split("</section>")[0]
+    assert "1/clothes" in section and f"{len(new)} images have 0.99 or more" in section
+
+
 def test_retrieval_finds_what_brute_force_finds(models: dict[str, Path], found: Audited) -> None:
     from idml.commands.options import stored_config
     from idml.data.collection import trained_on
@@ -243,13 +305,17 @@ def test_an_unchanged_image_scores_as_it_did(found: Audited) -> None:
 def test_plain_models_say_so(models: dict[str, Path], photos: Photos, tmp_path: Path) -> None:
     options = ["--data-dir", str(photos.root), "--shift-images", "0", "--splits", "test", "--pictures", "4"]
     plain = run(models["plain"], tmp_path / "cls", *options)
-    assert "plain classifier without an uncertainty head" in plain.page
+    assert "This classifier has not been introspected" in plain.page
+    assert "Nothing is promised: the model has not been introspected" in plain.page
+    assert plain.metrics["novelty"] is None and plain.metrics["refusal"]["promise"] is None
+    assert {(row["novelty"], row["decision"]) for row in plain.images} == {("", "")}
+    assert plain.table("new_images.csv") == []
     assert "Reliability." in plain.page and "Not measured" in plain.page
     for row in plain.images:
         assert float(row["uncertainty"]) == pytest.approx(1 - float(row["confidence"]), abs=1e-5)
     # Digits are no emoji: a retrieval model does not mind.
     found = run(models["plain retrieval"], tmp_path / "dml", *options)
-    assert "plain retrieval model without an uncertainty head" in found.page
+    assert "This retrieval model has not been introspected" in found.page
     assert "Reliability." not in found.page
     assert found.metrics["shares"][0]["name"] == "test" and found.metrics["shares"][0]["share"] > 0.2
     for row in found.images:
@@ -486,6 +552,8 @@ def test_bad_input_is_told_before_anything_is_written(models: dict[str, Path], p
     assert "no split val" in message(*model, *data, *out, "--splits", "val")
     assert "--duplicate-similarity" in message(*model, *data, *out, "--duplicate-similarity", "2")
     assert "--pictures" in message(*model, *data, *out, "--pictures", "0")
+    for flag, value in (("--max-risk", "0"), ("--max-risk", "5"), ("--confidence", "1")):
+        assert f"{flag}: expected a number between 0 and 1, got" in message(*model, *data, *out, flag, value)
     assert "cannot write" in message(*model, *data, "--out", "/dev/null/report")
     (tmp_path / "train" / "cat").mkdir(parents=True)
     shutil.copy(photos.root / "test/3" / HOSTILE, tmp_path / "train/cat/1.png")
@@ -553,24 +621,4 @@ def test_from_the_command_line(models: dict[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "355 images, accuracy on test" in done.stdout and (tmp_path / "out/index.html").exists()
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_label_errors(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/label_errors.py"),
-        "--quick",
-        "--out",
-        str(tmp_path / "found.json"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    stored = json.loads((tmp_path / "found-quick.json").read_text(encoding="utf-8"))
-    for method in ("baseline", "ism"):
-        (run,) = stored["rows"][method]
-        found = {name: shares["all"] for name, shares in run["rankings"].items()}
-        assert run["planted"] == 250
-        assert found["audit"] > 0.4 and found["audit"] >= found["loss"] - 0.02
-        assert found["random"] < 0.12 < found["disagrees, low P(wrong)"] < found["audit"]
+    assert re.search(r"\d+ new to the model, \d+\.\d% answered at a risk of 0\.05", done.stdout)

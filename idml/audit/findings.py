@@ -10,6 +10,7 @@ import numpy as np
 from idml.audit.answers import OF_SPLIT, Answers
 from idml.audit.duplicates import Duplicates
 from idml.audit.figures import Confusion, Share
+from idml.audit.judgement import NEW, New, Refusal
 from idml.audit.shifts import Shift
 from idml.data.collection import Collection
 from idml.environment import hardware, versions
@@ -33,6 +34,8 @@ class Findings:
         model, collection, answers: see there.
         shares: right answers by split; empty without labels.
         selective: ``uncertainty_figures``; empty without labels.
+        new: what is new to the model; None where it has not been introspected.
+        refusal: what it would refuse; None where it cannot promise anything, for the reason in refusal_note.
         lone: judged images of which no other has the class.
         ranked: (R,) int64, the labelled images for which another class is likelier, the most doubtful first.
         likely_wrong: how many of them, the first, are called likely wrong (``LIKELY_WRONG``), or stand out (``FENCE``).
@@ -45,6 +48,9 @@ class Findings:
     answers: Answers
     shares: list[Share]
     selective: dict[str, Any]
+    new: New | None
+    refusal: Refusal | None
+    refusal_note: str
     lone: int
     ranked: np.ndarray
     likely_wrong: int
@@ -105,6 +111,8 @@ def as_metrics(found: Findings, options: dict[str, Any]) -> dict[str, Any]:
             "mean": float(answers.uncertainty.mean()),
             "selective": found.selective,
         },
+        "novelty": _novelty_metrics(found.new),
+        "refusal": _refusal_metrics(found),
         "label_errors": {"likely": found.likely_wrong, "another_class_likelier": len(found.ranked)},
         "duplicates": {
             "pairs": len(duplicates),
@@ -120,4 +128,21 @@ def as_metrics(found: Findings, options: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(found.seconds, 1),
         "hardware": hardware(),
         "versions": versions(),
+    }
+
+
+def _novelty_metrics(new: New | None) -> dict[str, Any] | None:
+    if new is None:
+        return None
+    splits = {split.name: {"images": split.images, "new": split.new} for split in new.splits}
+    return {"new_from": NEW, "ranked": new.ranked, "new_images": new.count, "splits": splits}
+
+
+def _refusal_metrics(found: Findings) -> dict[str, Any]:
+    if found.refusal is None:
+        return {"promise": None, "note": found.refusal_note}
+    return {
+        "promise": dataclasses.asdict(found.refusal.promise),
+        "answered": found.refusal.share,
+        "shares": [dataclasses.asdict(share) for share in found.refusal.shares],
     }

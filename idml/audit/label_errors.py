@@ -1,6 +1,6 @@
 """How likely a label is wrong, by what a model makes of the image. B or N images, C classes, k neighbours.
 
-On Fashion-MNIST with planted errors (``benchmarks/label_errors.py``) the probability of the given label finds more of
+On Fashion-MNIST with planted errors (``benchmarks/introspection.py``) the probability of the given label finds more of
 them than any ranking by how sure the model is of another class: where two classes are hard to tell apart, it is sure of
 the wrong one often enough.
 """

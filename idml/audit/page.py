@@ -99,14 +99,27 @@ class View:
         name = self.names[position]
         return {"picture": picture, "name": name, "lines": lines, "note": note, "alt": f"{name}: {', '.join(lines)}"}
 
-    def _plain(self, position: int) -> dict[str, Any]:
+    def _plain(self, position: int, note: str | None = None) -> dict[str, Any]:
         label, predicted = int(self.answers.labels[position]), int(self.answers.predicted[position])
         what = "nearest" if self.retrieval else "says"
         lines = [f"label {self.name_of(label)}"] if label >= 0 else []
         if predicted >= 0:
             right = " (right)" if label == predicted else " (wrong)" if label >= 0 else ""
             lines.append(f"{what} {self.name_of(predicted)}{right}")
-        return self.card(position, *lines, note=self.score(float(self.answers.uncertainty[position])))
+        return self.card(position, *lines, note=note or self.score(float(self.answers.uncertainty[position])))
+
+    def strangest(self) -> list[dict[str, Any]]:
+        """The images that are the strangest to the model."""
+        new = self.found.new
+        return [] if new is None else [self._plain(i, f"novelty {new.novelty[i]:.3f}") for i in self._first(new.order)]
+
+    def answered_wrongly(self) -> list[dict[str, Any]]:
+        """Those that it would answer, and wrongly, the surest first."""
+        refusal = self.found.refusal
+        return [] if refusal is None else [self._plain(i) for i in self._first(refusal.wrong)]
+
+    def _first(self, order: np.ndarray) -> list[int]:
+        return order[: self.count].tolist()
 
     def extremes(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The most and the least uncertain images."""

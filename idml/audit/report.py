@@ -67,8 +67,9 @@ class Report:
         page = render(found, pictures=pictures)
         try:
             new.mkdir()
-            tables.write_images(new / "images.csv", found.collection, answers)
+            tables.write_images(new / "images.csv", found.collection, answers, found.new, found.refusal)
             tables.write_label_errors(new / "label_errors.csv", found.collection, answers, found.ranked)
+            tables.write_new_images(new / "new_images.csv", found.collection, answers, found.new)
             tables.write_duplicates(new / "duplicates.csv", found.collection, answers, found.duplicates)
             tables.write_confusions(new / "confusions.csv", answers, found.confusions)
             tables.write_shifts(new / "shifts.csv", found.shifts)

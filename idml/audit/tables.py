@@ -14,6 +14,7 @@ import numpy as np
 from idml.audit.answers import Answers
 from idml.audit.duplicates import Duplicates
 from idml.audit.figures import Confusion
+from idml.audit.judgement import New, Refusal
 from idml.audit.shifts import KINDS, Shift
 from idml.data.collection import Collection
 
@@ -21,6 +22,7 @@ FILES = (
     "index.html",
     "images.csv",
     "label_errors.csv",
+    "new_images.csv",
     "duplicates.csv",
     "confusions.csv",
     "shifts.csv",
@@ -49,10 +51,12 @@ def _name(classes: tuple[str, ...], label: int) -> str | None:
     return None if label < 0 else classes[label]
 
 
-def write_images(path: Path, collection: Collection, answers: Answers) -> None:
+def write_images(
+    path: Path, collection: Collection, answers: Answers, new: New | None, refusal: Refusal | None
+) -> None:
     """A row for each image, in the collection's order."""
     header = ["path", "split", "label", "predicted", "correct", "confidence", "uncertainty", "label_doubt"]
-    header.append("label_probability" if answers.nearest is None else "nearest")
+    header += ["label_probability" if answers.nearest is None else "nearest", "novelty", "decision"]
 
     right = answers.right
 
@@ -75,6 +79,8 @@ def write_images(path: Path, collection: Collection, answers: Answers) -> None:
                 answers.uncertainty[index],
                 answers.doubt[index],
                 last,
+                None if new is None else new.novelty[index],
+                None if refusal is None else "answer" if refusal.answered[index] else "refuse",
             ]
 
     write_csv(path, header, rows())
@@ -101,6 +107,27 @@ def write_label_errors(path: Path, collection: Collection, answers: Answers, ran
             for rank, index in enumerate(ranked.tolist(), start=1)
         ),
     )
+
+
+def write_new_images(path: Path, collection: Collection, answers: Answers, new: New | None) -> None:
+    """The images that are new to the model, the strangest first."""
+    header = ["rank", "path", "split", "label", "predicted", "novelty", "strangeness", "uncertainty"]
+    chosen = [] if new is None else new.order[: new.count].tolist()
+    rows = (
+        [
+            rank,
+            collection.names[index],
+            collection.splits[index],
+            _name(answers.classes, int(answers.labels[index])),
+            _name(answers.classes, int(answers.predicted[index])),
+            new.novelty[index],
+            new.strangeness[index],
+            answers.uncertainty[index],
+        ]
+        for rank, index in enumerate(chosen, start=1)
+        if new is not None
+    )
+    write_csv(path, header, rows)
 
 
 def write_duplicates(path: Path, collection: Collection, answers: Answers, duplicates: Duplicates) -> None:

@@ -1,4 +1,4 @@
-"""``python -m idml audit``: a page that shows what a model is unsure of, and which labels look wrong."""
+"""``python -m idml audit``: a page that shows what a model is unsure of, what is new to it, which labels look wrong."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from idml.audit.duplicates import SIMILARITY, near_duplicates
 from idml.audit.figures import confusions_of, lone_images, shares_by_split, uncertainty_figures
 from idml.audit.findings import Findings, ranked_doubts
 from idml.audit.gather import gather
+from idml.audit.judgement import what_is_new, what_is_refused
 from idml.audit.report import Report
 from idml.audit.shifts import measure_shifts
-from idml.commands.options import ImageOptions, open_images, open_model, parse
+from idml.commands.options import ImageOptions, check_shares, open_images, open_model, parse
 from idml.config import check_within, option
 from idml.data.collection import Collection
 from idml.data.names import split_role
 from idml.errors import UserError
 from idml.trained import TrainedModel
 
-DESCRIPTION = "Write a page that shows what a model is unsure of, and which labels look wrong."
+DESCRIPTION = """Write a page that shows what a model is unsure of, what is new to it, what it would refuse, and which
+labels look wrong."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class AuditOptions(ImageOptions):
     duplicate_similarity: float = option(
         SIMILARITY, "least cosine similarity of near-duplicates to the model; they must be alike in pixels as well"
     )
+    max_risk: float = option(0.05, "share of the answers that may be wrong, for what the model would refuse")
+    confidence: float = option(0.95, "with which it is kept")
     seed: int = option(0, "of the sample of images that are blurred and so on")
 
 
@@ -56,6 +60,7 @@ def audit(arguments: Sequence[str]) -> None:
     most = float("inf")
     check_within(config, {"pictures": (1, 500), "shift_images": (0, most), "duplicate_similarity": (-1, 1)})
     check_within(config, {"seed": (0, 2**32 - 1)})
+    check_shares(config, ("max_risk", "confidence"))
     if config.out is None:
         raise UserError("--out is missing: a folder for the report")
     started = time.perf_counter()
@@ -102,6 +107,7 @@ def examine(model: TrainedModel, collection: Collection, config: AuditOptions, s
         labels,
         similarity=config.duplicate_similarity,
     )
+    refusal, note = what_is_refused(model, answers, max_risk=config.max_risk, confidence=config.confidence)
     options = {"count": config.shift_images, "batch_size": config.batch_size, "seed": config.seed}
     return Findings(
         model=model,
@@ -109,6 +115,9 @@ def examine(model: TrainedModel, collection: Collection, config: AuditOptions, s
         answers=answers,
         shares=shares_by_split(answers, collection.splits) if some else [],
         selective=uncertainty_figures(answers) if some else {},
+        new=what_is_new(model, gathered.embeddings, collection.splits),
+        refusal=refusal,
+        refusal_note=note,
         lone=lone_images(answers) if model.task == "retrieval" else 0,
         ranked=ranked,
         likely_wrong=likely,
@@ -121,7 +130,8 @@ def examine(model: TrainedModel, collection: Collection, config: AuditOptions, s
 
 def _options(config: AuditOptions) -> dict:
     """Those that change what is found."""
-    names = ("splits", "labels", "shift_images", "duplicate_similarity", "seed", "skip_bad_images")
+    names = ["splits", "labels", "shift_images", "duplicate_similarity", "max_risk", "confidence", "seed"]
+    names.append("skip_bad_images")
     return {name: getattr(config, name) for name in names}
 
 
@@ -134,6 +144,10 @@ def _summary(found: Findings, page: Path) -> str:
         parts.append(f"{found.figure_name}{where} {head.share:.2%} ({head.low:.2%} to {head.high:.2%})")
         wrong = "labels likely wrong" if found.model.task == "classification" else "labels that stand out"
         parts.append(f"{found.likely_wrong:,} {wrong}")
+    if found.new is not None and found.new.ranked:
+        parts.append(f"{found.new.count:,} new to the model")
+    if found.refusal is not None:
+        parts.append(f"{found.refusal.share:.1%} answered at a risk of {found.refusal.promise.max_risk:g}")
     across = int(found.duplicates.across.sum())
     parts.append(f"{len(found.duplicates):,} near-duplicates ({across:,} across splits)")
     return f"{page}: " + ", ".join(parts) + f"; {found.seconds:.0f} s"

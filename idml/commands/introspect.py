@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from idml import distributed
-from idml.commands.options import ImageOptions, open_model, parse
+from idml.commands.options import ImageOptions, check_shares, open_model, parse
 from idml.config import check_name_values, check_positive, check_within, option, parse_name_values
 from idml.data.collection import read_collection
 from idml.data.image_dataset import Fit, ImageDataset, Interpolation
@@ -147,10 +147,7 @@ def _check(config: IntrospectOptions) -> tuple[Path, str]:
         raise UserError("--data-dir is missing: a folder of labelled images, DIR/[split/]<class>/*.jpg")
     if config.out is None:
         raise UserError("--out is missing: the folder to write the model to")
-    for name in ("max_risk", "confidence", "coverage"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected a number between 0 and 1, got {value}")
+    check_shares(config, ("max_risk", "confidence", "coverage"))
     check_within(config, {"cache_bytes": (2**20, math.inf), "image_size": (1, math.inf)})
     check_positive(config, ["crop_share"])
     check_name_values("model-kwargs", config.model_kwargs)

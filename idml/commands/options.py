@@ -59,6 +59,14 @@ def parse(config_class: type[CommandT], arguments: Sequence[str], *, name: str, 
     return config
 
 
+def check_shares(config: Any, names: Sequence[str]) -> None:
+    """UserError for the first of these options that is given and not between 0 and 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected a number between 0 and 1, got {value}")
+
+
 def with_files(arguments: Sequence[str], config_class: type) -> list[str]:
     """The arguments of a command with those that belong to no option behind ``--files``, wherever they stand."""
     fields = dataclasses.fields(config_class)
