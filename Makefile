@@ -32,9 +32,9 @@ demo: install
 
 demo-dml: install
 	@rm -rf $(DEMO_DML)
-	@for ism in off live; do \
-		$(PY) train_dml.py --config configs/quick/emoji_mini.yaml --ism $$ism --output-dir $(DEMO_DML)/$$ism || exit $$?; \
-	done
+	@# Each with the settings that won for it on held-out classes; the file has those of live.
+	@$(PY) train_dml.py --config configs/quick/emoji_mini.yaml --ism off --lr 2e-3 --proxy-norm null --output-dir $(DEMO_DML)/off
+	@$(PY) train_dml.py --config configs/quick/emoji_mini.yaml --ism live --output-dir $(DEMO_DML)/live
 	@$(PY) -m idml table $(DEMO_DML)/off $(DEMO_DML)/live
 
 ffcv-wheel: install
