@@ -109,7 +109,7 @@ def run_config(config: DmlConfig, signals: StopSignals) -> dict[str, Any]:
     distributed.setup(device.type)
     seed_everything(config.seed, deterministic=config.deterministic, threads=config.threads)
     data = read_retrieval_data(config)
-    model = build_model(config, len(data.train.classes))
+    model = build_model(config)
     loss = build_loss(config, len(data.train.classes))
     model = place_model(model, device, channels_last=config.channels_last, sync_bn=config.sync_bn, tf32=config.tf32)
     size, world_size = data.preprocessing.image_size, distributed.world_size()
@@ -160,8 +160,8 @@ def use_gpus(config: DmlConfig, arguments: Sequence[str]) -> None:
         os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *arguments])
 
 
-def build_model(config: DmlConfig, num_classes: int) -> IntrospectiveEmbedder:
-    """The network of a config, with the weights that it starts from; ``num_classes`` of the training images."""
+def build_model(config: DmlConfig) -> IntrospectiveEmbedder:
+    """The network of a config, with the weights that it starts from."""
     backbone = create_backbone(
         config.model,
         image_size=config.image_size,
@@ -256,7 +256,8 @@ def train(
         if last or (state.epoch + 1) % config.eval_every == 0:
             weight = scale_uncertainty_head(model, loss, probe)
             metrics |= evaluate_held_out(config, data, model, loaders)
-            tested, found = evaluate_model(config, data, model, loaders, last=last)
+            # With an introspection there is one more evaluation: large sets are clustered once.
+            tested, found = evaluate_model(config, data, model, loaders, last=last and not config.introspect)
             run.check_finite("test embedding", tested.semantic.abs().max().item(), state.step)
             metrics |= found.metrics
             if config.ism != "off":

@@ -32,11 +32,13 @@ from tests.test_train_cls import GOLDEN, step_losses
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "resnet8_cifar", "--image-size", "32", "--embedding-size", "64", "--bn-freeze", "0", "--warm", "0"]
 TINY += ["--batch-size", "48", "--no-nmi", "--log-every", "1", "--no-verbose"]
+ALL = ["--val-fraction", "0"]
 PAIRS = ["--IPC", "4"]
 LEARNING_RATES = {"Proxy_Anchor": "2e-3", "Proxy_NCA": "2e-3"}
 
-
-QUICK = ["--config", str(ROOT / "configs/quick/emoji_mini.yaml"), "--max-steps", "20", "--log-every", "1"]
+TWENTY_STEPS = ["--model", "resnet8_cifar", "--image-size", "32", "--embedding-size", "128", "--bn-freeze", "0"]
+TWENTY_STEPS += ["--warm", "0", "--epochs", "12", "--batch-size", "32", "--lr", "1e-3", "--loss-lr-factor", "10"]
+TWENTY_STEPS += ["--lr-decay-step", "6", "--max-steps", "20", "--log-every", "1", "--val-fraction", "0", "--no-nmi"]
 GOLDEN_DML = {
     "Proxy_Anchor, plain": ["--ism", "off"],
     "MS, plain": ["--ism", "off", "--loss", "MS", "--IPC", "4"],
@@ -47,7 +49,7 @@ GOLDEN_DML = {
 
 def golden_options(name: str) -> list[str]:
     """Of a run whose losses are stored."""
-    return [*QUICK, *GOLDEN_DML[name]]
+    return [*TWENTY_STEPS, *GOLDEN_DML[name]]
 
 
 @pytest.mark.parametrize("name", GOLDEN_DML)
@@ -68,12 +70,12 @@ def read_tensorboard(run: Path) -> EventAccumulator:
 
 def options(loss: str, ism: str) -> list[str]:
     sampling = PAIRS if LOSSES[loss].needs_pairs else []
-    return [*TINY, *sampling, "--loss", loss, "--ism", ism, "--lr", LEARNING_RATES.get(loss, "2e-3")]
+    return [*TINY, *ALL, *sampling, "--loss", loss, "--ism", ism, "--lr", LEARNING_RATES.get(loss, "2e-3")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Twelve steps of ProxyAnchor, plain and introspective."""
+    """Twelve steps of ProxyAnchor, plain and introspective, on all training classes."""
     base = tmp_path_factory.mktemp("runs")
     for ism in ("off", "live", "released"):
         arguments = [*options("Proxy_Anchor", ism), "--nmi", "--max-steps", "12", "--output-dir", str(base / ism)]
@@ -106,7 +108,7 @@ def test_run_directory(runs: dict[str, Path], ism: str) -> None:
     assert results["final"] == measured
     assert {"versions", "git_commit", "command", "seed", "wall_seconds", "hardware", "processes"} <= set(results)
     assert results["best"]["picked_on"] == "test set"
-    assert results["mix"] == ("none" if ism == "off" else "mixup")
+    assert results["mix"] == "none" and results["introspection"] is None
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "last-1.pt", "best.pt"}
     assert not list(run.rglob("*.tmp"))
 
@@ -118,10 +120,10 @@ def test_the_variants_differ_and_live_trains_its_head(runs: dict[str, Path]) -> 
     assert final["released"]["uncertainty_test"] == pytest.approx(1, abs=1e-5), "of unit length: inert"
     config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
     seed_everything(config.seed)
-    fresh = train_dml.build_model(config, 280).state_dict()
+    fresh = train_dml.build_model(config).state_dict()
     trained = torch.load(runs["live"] / "checkpoints/last.pt", weights_only=True)["model"]
-    for name in ("uncertainty_head.foresee.0.weight", "uncertainty_head.believe.0.weight", "directions"):
-        assert not torch.equal(fresh[name], trained[name]), "it has learnt"
+    for name in ("uncertainty_head.weight", "uncertainty_head.bias"):
+        assert not torch.equal(fresh[name], trained[name]), f"{name} has learnt"
 
 
 def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path]) -> None:
@@ -133,8 +135,6 @@ def test_the_checkpoint_gives_the_reported_figure(runs: dict[str, Path]) -> None
         config["embedding_size"],
         config["uncertainty_dim"],
         ism="live",
-        uncertainty_loss="loss-prediction",
-        num_classes=len(checkpoint["classes"]),
     )
     model.load_state_dict(checkpoint["model"])
     data = read_retrieval_data(parse_dml_config(options("Proxy_Anchor", "live"), description="")[0])
@@ -191,6 +191,75 @@ def test_eval_only(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "out/neighbours.png").exists()
 
 
+@pytest.fixture(scope="module")
+def introspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain run once more, but with a fifth of its classes held out, so it ends with an introspection."""
+    run = tmp_path_factory.mktemp("introspected") / "run"
+    train_dml.main([*HELD_OUT, "--output-dir", str(run)])
+    return run
+
+
+HELD_OUT = [*options("Proxy_Anchor", "off"), "--max-steps", "12", "--val-fraction", "0.2"]
+
+
+def test_an_introspection_follows_the_last_epoch(introspected: Path) -> None:
+    results = json.loads((introspected / "results.json").read_text(encoding="utf-8"))
+    final = json.loads((introspected / "metrics.jsonl").read_text(encoding="utf-8"))
+    assert results["final"] == final
+    assert results["best"] == final | {"picked_on": "held-out training classes"}
+    assert {"val_R@1", "val_MAP@R"} <= set(final)
+    # Of a plain model too: the nearest neighbour's error from both images, and from the query alone.
+    assert final["R-AUROC search"] > final["R-AUROC similarity"] + 0.05
+    assert 0.5 < final["R-AUROC uncertainty"] < 1
+    about = results["introspection"]
+    assert (about["train_images_read"], about["held_out_images_read"]) == (1344, 336)
+    log = read_tensorboard(introspected)
+    assert [event.value for event in log.Scalars("R-AUROC search")] == pytest.approx([final["R-AUROC search"]])
+
+
+def test_the_introspection_leaves_the_network_as_it_was(introspected: Path, tmp_path: Path) -> None:
+    train_dml.main([*HELD_OUT, "--no-introspect", "--output-dir", str(tmp_path / "run")])
+    stored = [torch.load(run / "checkpoints/last.pt", weights_only=True) for run in (introspected, tmp_path / "run")]
+    assert "introspection" in stored[0] and "introspection" not in stored[1]
+    for part in ("model", "loss"):
+        for name, value in stored[1][part].items():
+            assert torch.equal(value, stored[0][part][name]), name
+    finals = [json.loads((run / "metrics.jsonl").read_text()) for run in (introspected, tmp_path / "run")]
+    same = {name: value for name, value in finals[1].items() if "second" not in name}
+    assert {"R@1", "val_R@1", "R-AUROC similarity"} <= set(same) and "R-AUROC search" not in same
+    assert same == {name: finals[0][name] for name in same}
+
+
+def test_a_stored_introspection_gives_the_reported_figures(introspected: Path, tmp_path: Path) -> None:
+    checkpoint = str(introspected / "checkpoints/last.pt")
+    metrics = train_dml.main(["--eval-only", "--checkpoint", checkpoint, "--output-dir", str(tmp_path / "out")])
+    final = json.loads((introspected / "metrics.jsonl").read_text(encoding="utf-8"))
+    assert "R-AUROC search" in metrics
+    assert metrics == pytest.approx({name: final[name] for name in metrics}, abs=1e-6)
+
+
+def test_an_introspection_without_held_out_classes_is_not_calibrated(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = as_six_classes(image_folder, tmp_path / "classes")
+    arguments = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "32", "--model", "resnet8_cifar"]
+    arguments += [*ALL, "--introspect", "--batch-size", "6", "--max-steps", "1", "--ks", "1", "--no-nmi"]
+    results = train_dml.main([*arguments, "--output-dir", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "warning: no classes were held out (--val-fraction), so P(wrong) will not be calibrated" in said
+    assert "not calibrated: no classes were held out" in said
+    assert results["introspection"]["held_out_images_read"] == 0
+
+
+def test_too_few_classes_to_hold_any_out(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default a tenth of them is held out; the error says how to train on all."""
+    folder = as_six_classes(image_folder, tmp_path / "classes")
+    error = error_line(capsys, "--dataset", "folder", "--data-dir", str(folder), "--batch-size", "6", "--ks", "1")
+    assert "takes 4 training classes, got 3" in error and "--val-fraction 0 holds none out" in error
+
+
 def test_the_saved_config_repeats_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
     train_dml.main(["--config", str(runs["live"] / "config.yaml"), "--output-dir", str(tmp_path / "again")])
     losses = [
@@ -233,7 +302,7 @@ def test_options_run(tmp_path: Path, extra: tuple[str, ...]) -> None:
 
 def test_a_pair_loss_with_random_batches_of_many_classes_warns() -> None:
     for extra, warned in ((["--loss", "MS"], True), (["--loss", "MS", "--IPC", "4"], False), ([], False)):
-        config, _ = parse_dml_config([*TINY, *extra], description="")
+        config, _ = parse_dml_config([*TINY, *ALL, *extra], description="")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             read_retrieval_data(config)
@@ -242,6 +311,7 @@ def test_a_pair_loss_with_random_batches_of_many_classes_warns() -> None:
 
 def test_every_epoch_is_logged_and_some_are_evaluated(tmp_path: Path) -> None:
     arguments = [*options("Proxy_Anchor", "off"), "--batch-size", "840", "--epochs", "3", "--eval-every", "2"]
+    arguments += ["--image-size", "16"]
     results = train_dml.main([*arguments, "--output-dir", str(tmp_path / "run")])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -255,11 +325,11 @@ def test_warm_up_trains_the_heads_only(tmp_path: Path) -> None:
     train_dml.main(arguments)
     config, _ = parse_dml_config(options("Proxy_Anchor", "live"), description="")
     seed_everything(config.seed)
-    fresh = train_dml.build_model(config, 280).state_dict()
+    fresh = train_dml.build_model(config).state_dict()
     trained = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
-    moved = {name for name in fresh if "running" not in name and "num_batches" not in name}
+    moved = {name for name in fresh if not name.endswith(("mean", "var", "num_batches_tracked", "gain"))}
     moved = {name.split(".")[0] for name in moved if not torch.equal(fresh[name], trained[name])}
-    assert moved == {"semantic_head", "uncertainty_head", "directions"}
+    assert moved == {"semantic_head", "uncertainty_head"}
 
 
 def test_frozen_batch_norm_takes_one_forward_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -272,7 +342,7 @@ def test_frozen_batch_norm_takes_one_forward_pass(monkeypatch: pytest.MonkeyPatc
         return forward(self, images)
 
     monkeypatch.setattr(IntrospectiveEmbedder, "forward", counting)
-    shared = [*options("Proxy_Anchor", "live"), "--max-steps", "1"]
+    shared = [*options("Proxy_Anchor", "live"), "--max-steps", "1", "--mix", "mixup"]
     train_dml.main([*shared, "--bn-freeze", "1", "--output-dir", str(tmp_path / "frozen")])
     assert passes == [96]
     passes.clear()
@@ -290,16 +360,31 @@ def test_both_ways_give_the_same_loss_where_batch_norm_is_frozen(tmp_path: Path)
             torch.testing.assert_close(column, getattr(model(part), name), rtol=1e-5, atol=1e-6)
 
 
-def test_a_folder_of_photos_trains_with_weights_from_a_file(image_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "classes"
+def as_six_classes(image_folder: Path, folder: Path) -> Path:
+    """The classes of both splits as classes of their own below ``folder``."""
     folder.mkdir()
     for split in ("train", "val"):
         for source in (image_folder / split).iterdir():
             source.rename(folder / f"{source.name}-{split}")
+    return folder
+
+
+def test_a_folder_of_photos_trains_with_weights_from_a_file(image_folder: Path, tmp_path: Path) -> None:
+    folder = as_six_classes(image_folder, tmp_path / "classes")
     torch.manual_seed(7)
     backbone = create_backbone("resnet8_cifar")
     save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
-    arguments = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "32", "--model", "resnet8_cifar"]
+    arguments = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(folder),
+        "--image-size",
+        "32",
+        "--model",
+        "resnet8_cifar",
+        *ALL,
+    ]
     arguments += ["--pretrained", str(tmp_path / "weights.safetensors"), "--batch-size", "6", "--epochs", "1"]
     arguments += ["--warm", "1", "--workers", "1", "--ks", "1", "--loss", "MS", "--IPC", "3"]
     results = train_dml.main([*arguments, "--output-dir", str(tmp_path / "run")])

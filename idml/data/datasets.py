@@ -220,7 +220,10 @@ def read_splits(config: ClsConfig) -> DataSplits:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {len(train)} training images")
     for name, split in (("test", test), ("validation", val)):
         if split is not None and len(split) < world_size():
-            raise UserError(f"{len(split)} {name} images are too few for {world_size()} processes: each needs one")
+            advice = "; --val-fraction 0 holds none out" if split is val else ""
+            raise UserError(
+                f"{len(split)} {name} images are too few for {world_size()} processes: each needs one{advice}"
+            )
     config.image_size = source.preprocessing.image_size
     config.flip = source.flip if config.flip is None else config.flip
     config.crop_padding = source.crop_padding if config.crop_padding is None else config.crop_padding

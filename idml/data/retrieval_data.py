@@ -51,12 +51,18 @@ def hold_out_classes(dataset: ImageDataset, fraction: float, seed: int) -> tuple
     """
     count = len(dataset.classes)
     if count < 4:
-        raise UserError(f"--val-fraction {fraction}: holding classes out takes 4 training classes, got {count}")
+        raise UserError(
+            f"--val-fraction {fraction}: holding classes out takes 4 training classes, got {count}; "
+            "--val-fraction 0 holds none out"
+        )
     order = np.random.default_rng(seed).permutation(count)
     held = min(max(round(fraction * count), 2), count - 2)
     rest, val = (_of_classes(dataset, np.sort(chosen)) for chosen in (order[held:], order[:held]))
     if np.bincount(val.labels).max(initial=0) < 2:
-        raise UserError(f"--val-fraction {fraction}: none of the {held} held-out classes has two images")
+        raise UserError(
+            f"--val-fraction {fraction}: none of the {held} held-out classes has two images; "
+            "--val-fraction 0 holds none out"
+        )
     return rest, val
 
 
