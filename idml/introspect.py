@@ -74,6 +74,7 @@ def introspect(
         UserError: images and labels do not go together, or not with the module; it gives no logits, or has no layer to
             look at.
     """
+    made: tuple[Origin, str] = ("module", "") if made_by is None else cut_origin(made_by)
     square = preprocessing or timm_preprocessing(module) or _usual(images)
     held_out = _dataset(images, labels, square, "images")
     train = None
@@ -105,7 +106,6 @@ def introspect(
     described = fitted.introspection.spec
     if described.note:
         warnings.warn(f"P(wrong) is not calibrated: {described.note}", UserWarning, stacklevel=2)
-    made: tuple[Origin, str] = ("module", "") if made_by is None else cut_origin(made_by)
     spec = ModelSpec(
         task="classification",
         model=made[1],

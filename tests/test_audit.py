@@ -263,7 +263,7 @@ def test_what_is_new_to_the_model_is_found(
     assert says.novelty is not None
     np.testing.assert_allclose([float(rows[name]["novelty"]) for name in names], says.novelty, atol=2e-3)
     section = found.page.split('id="new"')[1].split("</section>")[0]
-    assert "1/clothes" in section and f"{len(new)} images have 0.99 or more" in section
+    assert "1/clothes" in section and f"{len(new)} of 100 images have 0.99 or more" in section
 
 
 def test_retrieval_finds_what_brute_force_finds(models: dict[str, Path], found: Audited) -> None:

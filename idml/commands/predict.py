@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from idml import distributed
 from idml.commands.embed import check_new_file
-from idml.commands.options import ImageOptions, open_images, open_model, parse, with_files
+from idml.commands.options import ImageOptions, check_shares, open_images, open_model, parse, with_files
 from idml.config import option
 from idml.data.collection import Collection
 from idml.data.image_dataset import ImageDataset
@@ -91,6 +91,7 @@ def predict(arguments: Sequence[str]) -> None:
 
 def _output(config: PredictOptions) -> tuple[Path | None, Format]:
     """(file, or None for the standard output; format); UserError where it cannot be."""
+    check_shares(config, ("max_risk", "confidence", "coverage"))
     if config.files and config.data_dir is not None:
         raise UserError("expected a folder (--data-dir) or files, got both")
     if config.out is None:

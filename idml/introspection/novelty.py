@@ -16,6 +16,9 @@ SHRINKAGE = 1e-2
 """Share of the mean variance that is added to each variance: directions in which known images hardly differ would
 otherwise decide alone."""
 
+LEAST_WITHIN = 1e-6
+"""Least variance within classes, as a share of that of all images."""
+
 FITTED_ON = 20_000
 """Images that the principal components are found from, at most."""
 
@@ -91,7 +94,9 @@ class Novelty(nn.Module):
         means = sums / counts[:, None]
         within = found - means[labels]
         covariance = within.T @ within / len(within)
-        covariance += SHRINKAGE * covariance.diagonal().mean() * torch.eye(count)
+        # Where all images of each class look alike (one image a class, say), there is no variance within classes.
+        least = (LEAST_WITHIN * found.var(0).mean()).clamp_min(torch.finfo(found.dtype).tiny * 1e6)
+        covariance += SHRINKAGE * covariance.diagonal().mean().maximum(least) * torch.eye(count)
         # With L L' the inverse of the covariance, |L' x|^2 is the squared Mahalanobis distance.
         whitening = torch.linalg.cholesky(torch.linalg.inv(covariance.double())).float()
         self.projection.zero_()
