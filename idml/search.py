@@ -216,7 +216,8 @@ def _novelty(embedded: Embeddings, table: EmbeddingTable, positions: np.ndarray)
     """(Q,) novelty among the images of the file; None where coordinates are not known."""
     if embedded.coordinates is None or "coordinates" not in table.numbers:
         return None
-    queries, index = (torch.from_numpy(each) for each in (embedded.coordinates, table.numbers["coordinates"]))
+    both = (embedded.coordinates, np.require(table.numbers["coordinates"], requirements="W"))  # torch takes no others
+    queries, index = map(torch.from_numpy, both)
     return index_novelty(queries, index, left_out=torch.from_numpy(positions)).numpy()
 
 
