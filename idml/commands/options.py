@@ -68,7 +68,7 @@ def check_shares(config: Any, names: Sequence[str]) -> None:
 
 
 def with_files(arguments: Sequence[str], config_class: type) -> list[str]:
-    """The arguments of a command with those that belong to no option behind ``--files``, wherever they stand."""
+    """The arguments of a command with its files behind ``--files``: all that belong to no option, wherever they stand."""
     fields = dataclasses.fields(config_class)
     switches = {"--print-config", "--help", "-h"}
     for field in fields:
@@ -81,6 +81,10 @@ def with_files(arguments: Sequence[str], config_class: type) -> list[str]:
         if waiting:
             rest.append(argument)
             waiting = False
+        elif argument == "--files":
+            continue
+        elif argument.startswith("--files="):
+            files.append(argument.removeprefix("--files="))
         elif argument.startswith("-") and argument != "-":
             rest.append(argument)
             waiting = "=" not in argument and argument.replace("_", "-") not in switches
