@@ -103,24 +103,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def moments_over_ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(F,) mean and (F,) variance (divided by N) of the rows of all ranks, (n_r, F) on each; no gradient flows.
-
-    To be called on every rank.
-    """
-    rows = rows.detach()
-    mean, variance = rows.mean(0), rows.var(0, unbiased=False)
-    if not dist.is_initialized():
-        return mean, variance
-    own = torch.stack([mean, variance, torch.full_like(mean, len(rows))])
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
-    means, variances, counts = torch.stack(parts, dim=1)  # (ranks, F) each
-    shares = counts / counts.sum(0)
-    whole = (shares * means).sum(0)
-    return whole, (shares * (variances + (means - whole).square())).sum(0)
-
-
 @torch.no_grad()
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite each tensor, in place, with that of rank 0."""

@@ -206,8 +206,9 @@ class Run:
 
     def amend_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Further figures of the last epoch, or others in their place, in ``metrics.jsonl`` and TensorBoard."""
+        before = self.history[-1]
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.history[-1] |= known
+        self.history[-1] = before | known
         if self._log is None:
             return
         try:
@@ -215,8 +216,8 @@ class Run:
         except OSError as error:
             self._failed("metrics.jsonl", error)
         for name, value in known.items():
-            if isinstance(value, (int, float)):
-                self.log_scalar(name, value, self.history[-1]["epoch"])
+            if isinstance(value, (int, float)) and value != before.get(name):
+                self.log_scalar(name, value, before["epoch"])
 
     def log_projector(self, embeddings: Tensor, names: Sequence[str], images: Tensor, step: int) -> None:
         """Embeddings for TensorBoard's projector, each with its name and its image.

@@ -76,7 +76,7 @@ class Saver:
         """The network has been introspected: what the last epoch's figures become, and a checkpoint with it."""
         self.introspection = introspection
         self.run.amend_epoch(metrics)
-        self.save()
+        self.save(last_chance=True)
 
     def stop_if_asked(self) -> None:
         """Raise ``Interrupted`` if this rank has got a signal; to be called where the state has just been saved."""

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import train_cls
+from idml.errors import UserError
 from tests.test_train_cls import ROOT, read_tensorboard, step_losses
 
 # Nothing random but the weights and the order, which do not depend on the number of processes.
@@ -32,9 +34,6 @@ PLAIN += [
     "--no-verbose",
 ]
 
-# The images that a foresight head alone learns from are drawn by rank.
-ALONE = ["--uncertainty-loss", "none"]
-
 
 def launch(processes: int, script: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -46,15 +45,9 @@ def launch(processes: int, script: Path, *arguments: str, cwd: Path | None = Non
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same training in one process, in two, and in two with every batch in two parts."""
+    """The same training in one process, in two, both introspected, and in two with every batch in two parts."""
     base = tmp_path_factory.mktemp("distributed")
-    foresight = ["--method", "ism", "--uncertainty-loss", "loss-prediction", "--grad-accum", "2"]
-    kinds = (
-        ("one", 1, ALONE),
-        ("two", 2, ALONE),
-        ("parts", 2, [*ALONE, "--grad-accum", "2"]),
-        ("foresight", 2, foresight),
-    )
+    kinds = (("one", 1, []), ("two", 2, []), ("parts", 2, ["--grad-accum", "2", "--no-introspect"]))
     for name, processes, options in kinds:
         done = launch(processes, ROOT / "train_cls.py", *PLAIN, *options, "--output-dir", str(base / name))
         assert done.returncode == 0, done.stderr
@@ -80,13 +73,24 @@ def test_figures_count_every_image_once(runs: dict[str, Path]) -> None:
         assert final["two"]["final"][name] == pytest.approx(final["one"]["final"][name], rel=5e-3), name
 
 
-def test_two_processes_foresee_and_calibrate(runs: dict[str, Path]) -> None:
-    state = torch.load(runs["foresight"] / "checkpoints/last.pt", weights_only=True)
-    assert state["model"]["calibration.fitted_on"] > 100, "the validation images of both ranks"
-    # With the batch and the images for the head alone, in two parts each.
-    assert state["model"]["uncertainty_head.batches"] == 15 * 4
-    final = json.loads((runs["foresight"] / "results.json").read_text(encoding="utf-8"))["final"]
-    assert final["error_auroc"] > 0.6 and 0 <= final["error_ece"] < 0.3
+def test_two_processes_introspect_as_one(runs: dict[str, Path]) -> None:
+    """Each reads its share of the images; what is fitted is fitted to all of them, and read by both ranks."""
+    results = {key: json.loads((runs[key] / "results.json").read_text(encoding="utf-8")) for key in ("one", "two")}
+    about = {key: result["introspection"] for key, result in results.items()}
+    for name in ("train_images_read", "held_out_images_read", "images", "steps"):
+        assert about["one"][name] == about["two"][name], name
+    assert about["two"]["held_out_images_read"] == 143
+    final = {key: result["final"] for key, result in results.items()}
+    for name in ("error_auroc", "coverage_at_5_risk"):
+        assert final["two"][name] == pytest.approx(final["one"][name], abs=0.02), name
+    stored = [
+        torch.load(runs[key] / "checkpoints/last.pt", weights_only=True)["introspection"]
+        for key in runs
+        if key != "parts"
+    ]
+    assert stored[0]["spec"] == stored[1]["spec"] and stored[0]["spec"]["calibrated"]
+    for name in ("heads.mean", "heads.variance", "novelty.centre"):
+        torch.testing.assert_close(stored[1]["state"][name], stored[0]["state"][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_only_rank_0_writes(runs: dict[str, Path]) -> None:
@@ -100,12 +104,12 @@ import os, sys
 import train_cls
 from idml.errors import TrainingError, run_main
 original = train_cls.step
-def step(state, guard, batch, spoilt, config, global_size):
+def step(state, guard, batch, config, global_size):
     with open(f"lam-{os.environ['RANK']}", "a") as file:
         file.write(f"{float(batch.lam)}\\n")
     if os.environ.get("BREAK") == os.environ["RANK"] and state.step == 2:
         raise TrainingError("this rank broke")
-    return original(state, guard, batch, spoilt, config, global_size)
+    return original(state, guard, batch, config, global_size)
 train_cls.step = step
 run_main(train_cls.main)
 """
@@ -125,34 +129,10 @@ def test_mixing_differs_by_rank_and_a_failing_rank_ends_all(tmp_path: Path, monk
     assert not set(lam[0]) & set(lam[1])
 
 
-def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
-    done = launch(2, ROOT / "train_cls.py", "--batch-size", "33", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "--batch-size 33 (over all processes) does not divide by 2 processes" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-MOMENTS = """
-import sys
-import torch
-from idml import distributed
-distributed.setup("cpu")
-torch.set_num_threads(1)
-rows = torch.load(sys.argv[1])
-own = rows[:7] if distributed.rank() == 0 else rows[7:]
-torch.save(distributed.moments_over_ranks(own), f"{sys.argv[1]}-{distributed.rank()}")
-distributed.shutdown()
-"""
-
-
-def test_moments_are_those_of_all_ranks(tmp_path: Path) -> None:
-    """Of uneven shares, and of numbers far from zero, where a difference of squares would have nothing left."""
-    script, rows = tmp_path / "moments.py", torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) + 3000
-    script.write_text(MOMENTS)
-    torch.save(rows, tmp_path / "rows")
-    done = launch(2, script, str(tmp_path / "rows"))
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        mean, variance = torch.load(tmp_path / f"rows-{rank}", weights_only=True)
-        torch.testing.assert_close(mean, rows.mean(0))
-        torch.testing.assert_close(variance, rows.double().var(0, unbiased=False).float(), rtol=1e-3, atol=1e-3)
+def test_a_batch_that_does_not_divide_is_an_error(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | place).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--batch-size 33 \(over all processes\) does not divide by 2 processes"):
+        train_cls.main(["--batch-size", "33"])
+    assert not list(in_tmp.iterdir())

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import train_dml
+from idml.errors import UserError
 from idml.losses import LOSSES
 from tests.test_distributed import launch
-from tests.test_train_cls import ROOT, read_tensorboard
+from tests.test_train_cls import read_tensorboard
 
 # Every loss in one program, so that starting processes and importing is paid for once.
 TRAIN_ALL = """
@@ -50,8 +52,7 @@ OPTIONS += [
     "1",
 ]
 OPTIONS += ["--threads", "1", "--no-verbose", "--bn-freeze", "1"]
-# A foresight head standardises its inputs by what each process has seen, as batch norm does.
-ALONE = ["--uncertainty-loss", "none"]
+ALL = ["--val-fraction", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     script = base / "train_all.py"
     script.write_text(TRAIN_ALL)
     for processes, name in ((1, "one"), (2, "two")):
-        done = launch(processes, script, ",".join(LOSSES), str(base / name), *OPTIONS, *ALONE)
+        done = launch(processes, script, ",".join(LOSSES), str(base / name), *OPTIONS, *ALL)
         assert done.returncode == 0, done.stderr[-3000:]
     return {name: base / name for name in ("one", "two")}
 
@@ -91,12 +92,12 @@ import os, sys
 import torch, train_dml
 from idml.errors import run_main
 original = train_dml.step
-def step(state, guard, images, batch, spoilt, config, global_size):
-    original(state, guard, images, batch, spoilt, config, global_size)
+def step(state, guard, images, batch, config, global_size):
+    original(state, guard, images, batch, config, global_size)
     loss = state.epoch_losses[-1]
     proxies = state.loss.proxies.detach()
     torch.save({"proxies": proxies.clone(), "lam": batch.lam, "loss": loss, "images": images[:1].clone(),
-                "foresight": torch.cat([p.detach().flatten() for p in state.model.uncertainty_head.parameters()]),
+                "uncertainty": torch.cat([p.detach().flatten() for p in state.model.uncertainty_head.parameters()]),
                 "head": state.model.semantic_head.weight.detach().clone()},
                f"step-{state.step}-rank-{os.environ['RANK']}.pt")
 train_dml.step = step
@@ -105,7 +106,10 @@ run_main(train_dml.main)
 
 
 def test_with_mixup_and_a_warm_up_all_ranks_hold_the_same(tmp_path: Path) -> None:
-    """Batch norm live and images mixed: lam, loss, proxies and network are the same on both ranks, the images not."""
+    """Batch norm live and images mixed: lam, loss, proxies and network are the same on both ranks, the images not.
+
+    In the end both read their shares of the images for the introspection.
+    """
     script = tmp_path / "probe.py"
     script.write_text(PROXIES)
     extra = ["--mix", "mixup", "--bn-freeze", "0", "--warm", "1", "--epochs", "2", "--batch-size", "400"]
@@ -115,14 +119,20 @@ def test_with_mixup_and_a_warm_up_all_ranks_hold_the_same(tmp_path: Path) -> Non
     assert len(steps) >= 4
     for number in steps:
         both = [torch.load(tmp_path / f"step-{number}-rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for name in ("proxies", "lam", "loss", "head", "foresight"):
+        for name in ("proxies", "lam", "loss", "head", "uncertainty"):
             assert torch.equal(both[0][name], both[1][name]), (number, name)
         assert not torch.equal(both[0]["images"], both[1]["images"])
     assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
+    about = results["introspection"]
+    assert (about["train_images_read"], about["held_out_images_read"]) == (1512, 168)
+    assert results["final"]["R-AUROC search"] > results["final"]["R-AUROC similarity"]
 
 
-def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
-    done = launch(2, ROOT / "train_dml.py", "--batch-size", "33", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "--batch-size 33 (over all processes) does not divide by 2 processes" in done.stderr
-    assert not (tmp_path / "runs").exists()
+def test_a_batch_that_does_not_divide_is_an_error(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | place).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--batch-size 33 \(over all processes\) does not divide by 2 processes"):
+        train_dml.main(["--batch-size", "33"])
+    assert not list(in_tmp.iterdir())

@@ -26,7 +26,7 @@ from idml.signals import Interrupted
 from tests.test_train_cls import read_tensorboard
 
 CLS = ["--dataset", "digits", "--model", "resnet8_cifar", "--image-size", "16", "--batch-size", "240", "--epochs", "3"]
-CLS += ["--log-every", "1", "--no-verbose", "--lr", "0.05", "--val-fraction", "0.1"]
+CLS += ["--log-every", "1", "--no-verbose", "--lr", "0.05", "--val-fraction", "0.1", "--no-introspect"]
 DML = [
     "--model",
     "resnet8_cifar",
@@ -39,7 +39,8 @@ DML = [
     "--epochs",
     "3",
 ]
-DML += ["--log-every", "1", "--no-verbose", "--no-nmi", "--warm", "1", "--bn-freeze", "0"]
+DML += ["--log-every", "1", "--no-verbose", "--no-nmi", "--warm", "1", "--bn-freeze", "0", "--no-introspect"]
+DML += ["--val-fraction", "0.1"]
 TIMES = {"seconds", "images_per_second"}
 
 
@@ -149,6 +150,33 @@ def test_every_retrieval_loss(tmp_path: Path, stop_after: Callable[..., None], l
     """Within the warm-up of the heads, at its end, and after it."""
     pairs = ["--IPC", "4"] if LOSSES[loss].needs_pairs else []
     stop_and_go_on(train_dml.main, [*DML, *pairs, "--loss", loss], tmp_path, stop_after, [3, 7, 12])
+
+
+@pytest.mark.parametrize(("main", "arguments"), [(train_cls.main, CLS), (train_dml.main, DML)], ids=["cls", "dml"])
+def test_stopped_between_the_last_epoch_and_the_introspection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[list[str]], Any], arguments: list[str]
+) -> None:
+    """The run goes on with the introspection alone, and ends with the same one, to the bit."""
+    monkeypatch.setattr("idml.introspection.fit.LEAST_STEPS", 20)
+    arguments = [*arguments, "--introspect", "--max-steps", "2"]
+    main([*arguments, "--output-dir", str(tmp_path / "undisturbed")])
+    end_epoch = Saver.end_epoch
+
+    def signalled(self: Saver, metrics: Any, *, pick_by: str) -> None:
+        end_epoch(self, metrics, pick_by=pick_by)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "end_epoch", signalled)
+        with pytest.raises(Interrupted, match="stopped after step 2"):
+            main([*arguments, "--output-dir", str(tmp_path / "stopped")])
+    assert "introspection" not in torch.load(tmp_path / "stopped/checkpoints/last.pt", weights_only=True)
+    assert not (tmp_path / "stopped/results.json").exists()
+    main(["--resume", str(tmp_path / "stopped")])
+    same_end(tmp_path / "undisturbed", tmp_path / "stopped")
+    assert "introspection" in torch.load(tmp_path / "stopped/checkpoints/last.pt", weights_only=True)
+    main(["--resume", str(tmp_path / "stopped")])  # there is nothing left to do: it is introspected again
+    same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
 def test_a_path_or_a_directory_needs_no_other_option(tmp_path: Path, stop_after: Callable[..., None]) -> None:

@@ -12,15 +12,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import train_cls
 import train_dml
-from idml import checkpoint_files
+from idml import checkpoint_files, saving
 from idml.checkpoint_files import read_verified, write_checkpoint
-from idml.errors import TrainingError, UserError
+from idml.errors import StorageError, TrainingError, UserError
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.saving import estimated_bytes
 from idml.state import TrainingState
@@ -158,6 +159,27 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
     assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "last-1.pt"}
 
 
+def test_an_introspection_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no later chance: the run is not finished, and goes on with the introspection once there is room."""
+    original = saving.write_checkpoint
+
+    def full(path: Path, content: dict[str, Any], *, keep: int = 1) -> None:
+        if "introspection" in content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, content, keep=keep)
+
+    monkeypatch.setattr("idml.introspection.fit.LEAST_STEPS", 20)
+    options = [*CLS, "--introspect", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_checkpoint", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            train_cls.main(options)
+    assert not (tmp_path / "run/results.json").exists()
+    results = train_cls.main(["--resume", str(tmp_path / "run")])
+    assert results is not None and "error_auroc" in results["final"]
+    assert "introspection" in read_verified(tmp_path / "run/checkpoints/last.pt")
+
+
 def test_tensorboard_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
     """Its file is let grow to 10 kB, checkpoints are not written past the start: the training goes to its end."""
     run = tmp_path / "run"
@@ -188,7 +210,7 @@ def test_a_disk_too_small_is_noticed_before_training(tmp_path: Path, monkeypatch
         free = 1_000_000
 
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
-    with pytest.raises(UserError, match=r"need about 0\.[12]\d GB, 0\.00 GB are free; make room"):
+    with pytest.raises(UserError, match=r"52 checkpoints .* need about 0\.03 GB, 0\.00 GB are free; make room"):
         train_cls.main([*CLS, "--keep-checkpoints", "50", "--output-dir", str(tmp_path / "run")])
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
