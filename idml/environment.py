@@ -32,8 +32,10 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+        # Without the lock that git takes to refresh its index: it would stay where git is ended for taking too long.
+        asked = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"],
+            ["git", "--no-optional-locks", *asked],
             cwd=folder,
             capture_output=True,
             text=True,

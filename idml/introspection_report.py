@@ -21,18 +21,21 @@ def describe_introspection(introspection: Introspection | None) -> dict[str, Any
     """What is stored of an introspection, as plain values.
 
     Returns:
-        ``layers`` (name, kind, channels of each map), ``features`` (D), ``vector`` (numbers of an image), ``heads``,
-        ``fitted_on`` and ``held_out`` (images), ``calibrated``, ``note`` (why it is not), ``error_rate`` and
+        ``task``, ``layers`` (name, kind, channels of each map), ``features`` (D), ``vector`` (numbers of an image),
+        ``heads``, ``fitted_on`` and ``held_out`` (images), ``calibrated``, ``note`` (why it is not), ``error_rate`` and
         ``error_auroc`` on the held-out images, and ``promise``: with ``confidence``, at most ``max_risk`` of the
         answers with P(wrong) up to ``threshold`` are wrong; ``coverage`` is their share of the held-out images,
-        ``risk`` their error rate. What is not known is None. None where there is no introspection.
+        ``risk`` their error rate. What is not known is None. A retrieval model promises nothing: it searches among
+        other classes than those that were held out. None where there is no introspection.
     """
     if introspection is None:
         return None
     spec = introspection.spec
     auroc = introspection.held_out_auroc()
-    promise = introspection.promise(USUAL_RISK, USUAL_CONFIDENCE) if spec.calibrated else None
+    promises = spec.calibrated and spec.task == "classification"
+    promise = introspection.promise(USUAL_RISK, USUAL_CONFIDENCE) if promises else None
     return {
+        "task": spec.task,
         "layers": [dataclasses.asdict(layer) | {"name": _own_name(layer.name)} for layer in spec.layers.maps],
         "features": spec.layers.feature_dim,
         "vector": vector_length(spec.layers),
@@ -63,7 +66,7 @@ def introspection_text(about: Mapping[str, Any] | None) -> dict[str, str]:
         "introspection": f"{heads}, fitted on {about['fitted_on']:,} images, {state}",
         "looked at": ", ".join(places),
     }
-    if about["calibrated"]:
+    if about["calibrated"] and about["task"] == "classification":
         lines["promise"] = _promise_text(about["promise"], USUAL_RISK, USUAL_CONFIDENCE, about["held_out"])
     return lines
 

@@ -103,7 +103,7 @@ def what_is_new(model: TrainedModel, embeddings: Embeddings, splits: tuple[str, 
 def what_is_refused(
     model: TrainedModel, answers: Answers, *, max_risk: float, confidence: float
 ) -> tuple[Refusal | None, str]:
-    """What the model would refuse; or None and the reason, in words.
+    """What a classifier would refuse; or None and the reason, in words.
 
     Args:
         answers: of it.
@@ -112,6 +112,8 @@ def what_is_refused(
     introspection = model.introspection
     if introspection is None:
         return None, "the model has not been introspected"
+    if model.task == "retrieval":
+        return None, "a retrieval model searches among other classes than those that were held out"
     if not introspection.spec.calibrated:
         return None, f"P(wrong) is not calibrated: {introspection.spec.note}"
     promise = introspection.promise(max_risk, confidence)

@@ -44,6 +44,7 @@ held-out ones. Under torchrun the images are shared out; a stopped command resum
 class IntrospectOptions(ImageOptions):
     """Options of ``introspect``."""
 
+    data_dir: str | None = option(None, "folder of labelled images, DIR/[split/]<class>/*.jpg")
     model: str | None = option(
         None, "in place of --checkpoint: timm/NAME (or NAME), torchvision/NAME, or package.module:function"
     )
@@ -219,8 +220,8 @@ def report(config: IntrospectOptions, model: TrainedModel, fitted: Fitted, secon
     rate = (held + known) / max(seconds, 1e-9)
     looked, *lines = fitted_text(fitted, classify=model.task == "classification")
     read = f"read {held:,} held-out and {known:,} training images in {seconds:.1f} s ({rate:.0f} images/s)"
-    if introspection.spec.calibrated:
+    if introspection.spec.calibrated and model.task == "classification":
         lines.append(f"promise: {promise_text(introspection, config.max_risk, config.confidence)}")
-        if config.coverage is not None and model.task == "classification":
+        if config.coverage is not None:
             lines.append(f"classes: {coverage_text(introspection, config.coverage)}")
     return "\n".join([looked, read, *lines])

@@ -68,7 +68,7 @@ def check_shares(config: Any, names: Sequence[str]) -> None:
 
 
 def with_files(arguments: Sequence[str], config_class: type) -> list[str]:
-    """The arguments of a command with its files behind ``--files``: all that belong to no option, wherever they stand."""
+    """The arguments of a command with its files behind ``--files``: those that belong to no option, at any place."""
     fields = dataclasses.fields(config_class)
     switches = {"--print-config", "--help", "-h"}
     for field in fields:
