@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from idml.commands.export import export
+from tests.calibrated_models import write_calibrating_photos
 from tests.test_docs import DOCS
-from tests.tiny_models import train_tiny, write_photos
+from tests.tiny_models import train_tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone with runs/clothes, photos/, model.onnx and timm-model/ in it."""
     folder = tmp_path_factory.mktemp("docs")
-    write_photos(folder / "all")
+    write_calibrating_photos(folder / "all")
     train_tiny("live", folder / "all", folder / "runs" / "clothes")
     (folder / "photos").mkdir()
     for number, path in enumerate(sorted((folder / "all" / "val").rglob("*.png"))[:5], 1):
@@ -44,8 +45,9 @@ def run_blocks(page: str) -> list[dict[str, object]]:
 
 def test_the_python_api(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder)
-    predicted, embedded, _, scikit, hub = run_blocks("api.md")
-    assert capsys.readouterr().out.count("P(wrong)") == 2
+    predicted, embedded, _, judged, scikit, hub = run_blocks("api.md")
+    assert capsys.readouterr().out.count("wrong with a probability of") == 2
+    assert judged["judged"].classes == ("coat", "bag", "boot") and judged["judged"].calibrated_on == 120  # type: ignore[attr-defined]
     assert np.shape(embedded["similarities"]) == (10, 10) and len(np.unique(embedded["least_sure"])) == 3
     assert predicted["model"].fingerprint == hub["model"].fingerprint  # type: ignore[attr-defined]
     assert scikit["accuracy"] > 0.3 and np.shape(scikit["scores"]) == (200,)  # type: ignore[operator]
@@ -54,5 +56,6 @@ def test_the_python_api(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_the_export_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     onnx, timm = run_blocks("commands/export.md")
-    assert str(onnx["name"]).startswith("class ") and 0 <= onnx["wrong"] <= 1  # type: ignore[operator]
+    assert str(onnx["name"]).startswith("class ")
+    assert 0 <= onnx["wrong"] <= 1 and 0 <= onnx["new"] <= 1  # type: ignore[operator]
     assert timm["model"].network.num_classes == timm["plain"].num_classes == 3  # type: ignore[attr-defined]

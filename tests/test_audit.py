@@ -224,7 +224,7 @@ def test_what_the_model_would_refuse(models: dict[str, Path], report: Audited) -
         assert (share["images"], share["right"]) == (len(own), sum(row["correct"] == "true" for row in own))
     shares = {share["name"]: share["share"] for share in refusal["shares"]}
     assert shares["answered"] > shares["all"] > shares["refused"]
-    assert "Answered at 5.0\u00a0% risk" in Elements(report.page).text
+    assert "Answered at 5\u00a0% risk" in Elements(report.page).text
     assert f"up to {100 * promise.threshold:.2f}\u00a0% are wrong" in Elements(report.page).text
 
 
