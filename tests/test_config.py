@@ -105,6 +105,38 @@ def test_paths_are_not_parted() -> None:
     assert found is not None and (found.query, found.k) == (["a,b.jpg", "c d.jpg"], 3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "val_fraction", "introspect"),
+    [
+        ((), 0.1, True),
+        (("--method", "baseline"), 0.1, True),
+        (("--dataset", "folder", "--data-dir", "x"), 0.1, True),
+        (("--dataset", "digits", "--val-fraction", "0.3"), 0.3, True),
+        (("--val-fraction", "0"), 0.0, False),
+        (("--val-fraction", "0", "--introspect"), 0.0, True),
+        (("--no-introspect",), 0.1, False),
+        (("--dataset", "cifar10", "--data-dir", "x"), 0.0, False),
+        (("--dataset", "cifar100", "--data-dir", "x", "--val-fraction", "0.2"), 0.2, True),
+        (("--dataset", "imagenet", "--data-dir", "x"), 0.0, False),
+    ],
+)
+def test_what_is_held_out_and_what_follows(arguments: tuple[str, ...], val_fraction: float, introspect: bool) -> None:
+    """Own images give a tenth to the introspection; of published sets, every training image is trained on."""
+    config = parse(*arguments)
+    assert (config.val_fraction, config.introspect) == (val_fraction, introspect)
+
+
+def test_a_config_of_an_earlier_version(tmp_path: Path) -> None:
+    """What trained the head by loss prediction is dropped, and told of where it was used."""
+    text = "val_fraction: 0.0\nuncertainty_share: 0.5\nuncertainty_shifts: 2\nuncertainty_loss: "
+    with pytest.warns(UserWarning, match="uncertainty_loss loss-prediction was removed") as caught:
+        config, _ = parse_cls_config(
+            ["--config", write(tmp_path / "a.yaml", text + "loss-prediction\n")], description=""
+        )
+    assert len(caught) == 1 and config == parse("--config", write(tmp_path / "b.yaml", text + "none\n"))
+    assert config == parse("--val-fraction", "0")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_the_same_through_ism_and_mix(method: str) -> None:
     ism, mix = METHODS[method]
@@ -182,6 +214,13 @@ def test_the_saved_config_reads_back_equal(tmp_path: Path, arguments: tuple[str,
         (("--model-kwargs", "blocks=[1"), r"--model-kwargs: the value of 'blocks=\[1' cannot be read"),
         (("--schedule", "step", "--lr-milestones", "30"), r"between 1 and 10, got \[30\]"),
         (("--config", "no-such.yaml"), r"cannot read the config no-such.yaml: No such file"),
+        (
+            ("--uncertainty-loss", "none"),
+            r"--uncertainty-loss was removed: P\(wrong\) and novelty are fitted after training",
+        ),
+        (("--uncertainty_share=0.5",), r"--uncertainty-share was removed: .*--introspect"),
+        (("--cache-bytes", "100"), r"--cache-bytes: expected a value at least 1048576, got 100"),
+        (("--val-fraction", "0.95"), r"--val-fraction: expected a value between 0 and 0.9, got 0.95"),
         (("stray",), r"stray"),
     ],
 )
@@ -221,6 +260,8 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
         (("--lr-milestones", "3"), "lr-milestones"),
         (("--workers", "7"), "workers"),
         (("--data-dir", "x"), "data-dir"),
+        (("--no-introspect", "--cache-bytes", "2000000"), "cache-bytes"),
+        (("--val-fraction", "0", "--cache-bytes", "2000000"), "cache-bytes"),
     ],
 )
 def test_an_option_without_effect_warns(arguments: tuple[str, ...], option: str) -> None:

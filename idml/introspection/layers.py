@@ -9,6 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -239,17 +240,15 @@ class Watcher:
         self._handles: list[RemovableHandle] = []
         modules = dict(network.named_modules())
         for layer in layers.maps:
-            self._handles.append(modules[layer.name].register_forward_hook(self._keep(layer)))
+            # No closure: a copy of the network, pickled or not, has hooks that fill its own watcher.
+            self._handles.append(modules[layer.name].register_forward_hook(partial(self._keep, layer)))
         if layers.features_of:
             self._handles.append(modules[layers.features_of].register_forward_pre_hook(self._keep_input))
 
-    def _keep(self, layer: Layer) -> Any:
-        def hook(_module: nn.Module, _given: Any, output: Any) -> None:
-            if self.active:
-                output = output[0] if isinstance(output, (tuple, list)) else output
-                self.maps[layer.name] = output if self._look is None else self._look(output, layer.kind)
-
-        return hook
+    def _keep(self, layer: Layer, _module: nn.Module, _given: Any, output: Any) -> None:
+        if self.active:
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            self.maps[layer.name] = output if self._look is None else self._look(output, layer.kind)
 
     def _keep_input(self, _module: nn.Module, given: tuple[Any, ...]) -> None:
         if self.active:
