@@ -15,11 +15,13 @@ from torch.nn import functional
 from idml.similarity import TEMPERATURE
 
 MEAN_EXPONENT = 0.05
-"""Mean of beta / (tau alpha) over the comparisons of a live model: in retrieval of each batch, in classification of the
-recent ones."""
+"""Mean of beta / (tau alpha) over the comparisons of each batch that a live model is trained on."""
+
+TINY = 1e-30
+"""Mean exponents below this count as it: u is then zero, or as good as zero, and stays so."""
 
 GAIN_MOMENTUM = 0.1
-"""Share of the newest batch in what the gain of a classifier's head follows, as in torch's batch norm."""
+"""Share of the newest batch in the gain of a classifier's head, as in torch's batch norm."""
 
 
 class UncertaintyHead(nn.Linear):
@@ -54,14 +56,15 @@ class UncertaintyHead(nn.Linear):
 
 
 class RectifiedHead(nn.Linear):
-    """The live uncertainty head of classification: ReLU of a linear map of (B, D) features to (B, E), times ``gain``.
+    """The live uncertainty head of classification: ReLU of a linear map of (B, D) features to (B, E), brought to scale.
 
-    The gain follows what the head gives, so that the mean exponent of the comparisons stays at ``MEAN_EXPONENT``: the
-    loss then learns which images are less sure than others, and cannot be lowered by making all of them unsure, which
-    ends in plain logits that are too sure of themselves.
+    In training u is relative to the batch (``scale``): the mean exponent of its comparisons is ``MEAN_EXPONENT``, with
+    gradient through the mean, as in retrieval. The loss then learns which images are less sure than others, and nothing
+    can be gained by making all of them unsure. In evaluation the scale is ``gain``, a running mean, as that of batch
+    norm is.
 
     With weights of variance v, half the units are cut by the ReLU, so beta = E v |h|^2 / 2; and with the classifier's
-    small rows alpha is about |h|^2. The mean exponent of the first step follows for any D and C.
+    small rows alpha is about |h|^2. So the scale is about 1 at the start, for any D and C.
 
     Args:
         feature_dim: D.
@@ -81,19 +84,28 @@ class RectifiedHead(nn.Linear):
         self.register_buffer("gain", torch.tensor(1.0))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, E), float32, >= 0."""
-        linear = functional.linear(features.float(), self.weight.float(), self.bias.float())
-        return functional.relu(linear) * self.gain
+        """(B, D) -> (B, E), float32, >= 0, not yet to scale."""
+        return functional.relu(functional.linear(features.float(), self.weight.float(), self.bias.float()))
+
+    def scale(self, exponent: Tensor) -> Tensor:
+        """What u is multiplied by, 0-d: in training by the batch, in evaluation ``gain``.
+
+        Args:
+            exponent: (B,) mean exponents of the images, from u as ``forward`` gives it, with gradient through u.
+        """
+        if not self.training:
+            return self.gain
+        return (MEAN_EXPONENT / exponent.mean().clamp_min(TINY)).sqrt()
 
     @torch.no_grad()
     def follow(self, exponent: Tensor) -> None:
-        """Let the gain follow the mean exponent of a batch (all ranks' images, 0-d), once an optimizer step.
+        """Let the gain follow the scale of a batch (its mean exponent over all ranks, 0-d), once an optimizer step.
 
         Nothing happens where it is zero or not finite: the head is dead, or the step has failed.
         """
         usable = exponent.isfinite() & (exponent > 0)
-        factor = (MEAN_EXPONENT / exponent).pow(GAIN_MOMENTUM / 2)  # beta is quadratic in the gain
-        self.gain.mul_(torch.where(usable, factor, torch.ones_like(factor)))
+        target = torch.where(usable, (MEAN_EXPONENT / exponent).sqrt(), self.gain)  # beta is quadratic in the gain
+        self.gain.copy_(self.gain ** (1 - GAIN_MOMENTUM) * target**GAIN_MOMENTUM)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from idml.distance import DistanceForm, IntrospectiveDistance
 from idml.embedder import IntrospectiveEmbedder
-from idml.heads import MEAN_EXPONENT, UncertaintyHead
+from idml.heads import MEAN_EXPONENT, TINY, UncertaintyHead
 from idml.models import IsmVariant
 from idml.similarity import TEMPERATURE
 
 LossName = Literal["Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "Margin", "FastAP", "NPair"]
-
-TINY = 1e-30
-"""Mean exponents below this count as it: u is then zero, or as good as zero, and stays so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,7 +43,8 @@ class ClassifierOutput(NamedTuple):
             is off.
         semantic: (B, D) backbone feature.
         uncertainty: (B, E) >= 0; all zero when ISM is off.
-        exponent: (B,) ISM exponent of each image, its mean over the classes, without gradient; None when ISM is off.
+        exponent: (B,) ISM exponent of each image, its mean over the classes, of a live model before u is brought to
+            scale; without gradient; None when ISM is off.
         scores: what the introspection says of each image; None where there is none.
     """
 
@@ -121,10 +122,10 @@ class IntrospectiveClassifier(nn.Module):
 
     @torch.no_grad()
     def follow(self, exponent: Tensor) -> None:
-        """Keep the mean ISM exponent of a live model where it belongs; to be called once a step of training.
+        """Note the scale of a live model's u for evaluation; to be called once a step of training.
 
-        Without it the gain of the uncertainty head stays as it is: the loss can then be lowered by making all images
-        unsure. Nothing to be done for other variants.
+        Without it |u| has another unit in evaluation than in training; nothing else depends on it. Nothing to be done
+        for other variants.
 
         Args:
             exponent: mean of ``ClassifierOutput.exponent`` over the step's images, of all ranks; 0-d.
@@ -154,18 +155,23 @@ class IntrospectiveClassifier(nn.Module):
             if head is None:
                 uncertainty = features.new_zeros(features.shape[0], self.uncertainty_dim)
                 return ClassifierOutput(logits, logits, features, uncertainty)
+            released = not isinstance(head, RectifiedHead)
+            sq_distances = class_sq_distances(logits, features, weight, bias, bias_in_class_vector=released)
             if isinstance(head, RectifiedHead):
                 uncertainty = head(features)
             else:
                 uncertainty = functional.relu(functional.linear(features, head.weight.float(), head.bias.float()))
-            sq_distances = class_sq_distances(
-                logits, features, weight, bias, bias_in_class_vector=self.ism == "released"
-            )
             beta = uncertainty.square().sum(1, keepdim=True)
+            with torch.no_grad():  # an exponent is beta times that of beta = 1
+                of_one = introspective_exponent(sq_distances, torch.ones_like(beta), temperature=self.temperature).mean(
+                    1
+                )
+            exponent = beta[:, 0] * of_one
+            if isinstance(head, RectifiedHead):
+                scale = head.scale(exponent)
+                uncertainty, beta = uncertainty * scale, beta * scale**2
             introspective_logits = introspective_similarity(logits, sq_distances, beta, temperature=self.temperature)
-            with torch.no_grad():
-                exponent = introspective_exponent(sq_distances, beta, temperature=self.temperature).mean(1)
-            return ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent)
+            return ClassifierOutput(logits, introspective_logits, features, uncertainty, exponent.detach())
 
     def features(self, images: Tensor) -> Tensor:
         """(B, D) features."""

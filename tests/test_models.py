@@ -50,6 +50,8 @@ def test_output_equals_the_oracle(ism: str, training: bool) -> None:
     np.testing.assert_allclose(output.logits.detach().numpy(), plain, rtol=1e-5, atol=1e-6)
     head = model.uncertainty_head
     expected = functional.relu(head(output.semantic))
+    if ism == "live" and training:  # relative to the batch
+        expected = expected * (output.uncertainty.norm() / expected.norm())
     torch.testing.assert_close(output.uncertainty, expected)
 
 
@@ -175,26 +177,44 @@ def test_the_lines_in_the_readme_train_a_classifier() -> None:
     assert scope["model"].uncertainty_head.weight.grad.abs().sum() > 0
 
 
-def test_the_gain_follows_so_that_the_mean_exponent_stays() -> None:
+def mean_exponent(model: IntrospectiveClassifier) -> torch.Tensor:
+    """Of all comparisons of some images, from what the model gives."""
+    output = model(images())
+    weight, bias = model.classifier.weight, model.classifier.bias
+    distances = (output.semantic[:, None] - weight).square().sum(2)
+    torch.testing.assert_close(output.logits, output.semantic @ weight.T + bias)
+    return (output.uncertainty.square().sum(1, keepdim=True) / (5 * distances)).mean()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1, 30])
+def test_u_is_relative_to_the_batch_in_training(factor: float) -> None:
     """Whatever the head's weights grow to: a loss cannot be lowered by making all images unsure."""
+    model = IntrospectiveClassifier(small_backbone(), 4, uncertainty_dim=64)
+    head = model.uncertainty_head
+    assert isinstance(head, RectifiedHead)
+    with torch.no_grad():
+        head.weight.mul_(factor)
+    assert mean_exponent(model).item() == pytest.approx(0.05, rel=1e-4)
+    functional.cross_entropy(model(images()).introspective_logits, torch.zeros(5, dtype=torch.long)).backward()
+    assert head.weight.grad is not None
+    along = (head.weight.grad * head.weight).sum() / (head.weight.grad.norm() * head.weight.norm())
+    assert along.abs() < 1e-3, "nothing is gained by a common size"
+
+
+def test_the_gain_follows_so_that_evaluation_has_the_scale_of_training() -> None:
     model = IntrospectiveClassifier(small_backbone(), 4, uncertainty_dim=64).eval()
     head = model.uncertainty_head
     assert isinstance(head, RectifiedHead) and head.gain == 1
     with torch.no_grad():
         head.weight.mul_(30)
-
-    def exponent() -> torch.Tensor:
-        found = model(images()).exponent
-        assert found is not None
-        return found.mean()
-
-    first = exponent()
-    assert first > 1
-    model.follow(first)
-    torch.testing.assert_close(exponent(), first * (0.05 / first) ** 0.1, rtol=1e-5, atol=0)
+    first = model(images()).exponent
+    assert first is not None and first.mean() > 1
+    torch.testing.assert_close(mean_exponent(model), first.mean(), rtol=1e-4, atol=0)
+    model.follow(first.mean())
+    torch.testing.assert_close(head.gain, (0.05 / first.mean()) ** 0.05, rtol=1e-5, atol=0)
     for _ in range(200):
-        model.follow(exponent())
-    assert exponent().item() == pytest.approx(0.05, rel=1e-3)
+        model.follow(first.mean())
+    assert mean_exponent(model).item() == pytest.approx(0.05, rel=1e-3)
     gain = head.gain.clone()
     for unusable in (0.0, math.nan, math.inf):  # a dead head, a failed step
         model.follow(torch.tensor(unusable))
