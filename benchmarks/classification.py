@@ -67,12 +67,10 @@ SETS = {
 """Options, seeds, and the variants that are trained."""
 
 RECIPES = {
-    "one-cycle to 0.1": ("--lr", "0.1"),
-    "one-cycle to 0.05": ("--lr", "0.05"),
-    "one-cycle to 0.02": ("--lr", "0.02"),
+    "one-cycle to 0.1": ("--lr", "0.1", "--schedule", "onecycle"),
+    "one-cycle to 0.05": ("--lr", "0.05", "--schedule", "onecycle"),
+    "one-cycle to 0.02": ("--lr", "0.02", "--schedule", "onecycle"),
     "cosine from 0.1": ("--lr", "0.1", "--schedule", "cosine"),
-    "cosine from 0.05": ("--lr", "0.05", "--schedule", "cosine"),
-    "cosine from 0.1, warm-up": ("--lr", "0.1", "--schedule", "cosine", "--warmup-epochs", "1"),
 }
 """Courses of the learning rate that are tried for the quick config; the others are compared with the first."""
 
