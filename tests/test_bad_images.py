@@ -153,6 +153,7 @@ def test_retrieval_skips_and_tells(
     write_bad(folder / "bag-train", photo)
     write_good(folder / "bag-train", photo)
     options = [*OPTIONS, "--data-dir", str(folder), "--ks", "1", "--output-dir", str(tmp_path / "run")]
+    options += ["--val-fraction", "0"]
     with pytest.raises(UserError, match=r"3 of 70 images are missing: .*circle\.png"):
         train_dml.main(options)
     for name in ("nowhere.png", "circle.png", "pipe.png"):

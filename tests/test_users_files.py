@@ -43,11 +43,20 @@ def put_classes(root: Path, classes: Sequence[str], count: int = 6) -> Path:
 
 def cls(root: Path, **values: Any) -> ClsConfig:
     defaults: dict[str, Any] = {"dataset": "folder", "data_dir": str(root), "image_size": 32, "batch_size": 2}
+    defaults["val_fraction"] = 0.0
     return ClsConfig(**defaults | values)
 
 
 def dml(root: Path, **values: Any) -> DmlConfig:
-    return DmlConfig(dataset="folder", data_dir=str(root), image_size=32, batch_size=4, ks=[1], **values)
+    defaults: dict[str, Any] = {
+        "dataset": "folder",
+        "data_dir": str(root),
+        "image_size": 32,
+        "batch_size": 4,
+        "ks": [1],
+    }
+    defaults["val_fraction"] = 0.0
+    return DmlConfig(**defaults | values)
 
 
 def names_of(dataset: Any, root: Path) -> dict[str, str]:
