@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pytorch_ood import detector as detectors
 from scipy.stats import kstest
 from sklearn.covariance import EmpiricalCovariance
 from torch import Tensor
 
 from idml.introspection import novelty as module
-from idml.introspection.novelty import Novelty
+from idml.introspection.novelty import Novelty, index_novelty
 
 F, C = 20, 4
 
@@ -41,8 +42,22 @@ def test_strangeness_is_the_mahalanobis_distance_to_the_nearest_class(monkeypatc
     np.testing.assert_allclose(found.strangeness(found.coordinates(new)).numpy(), expected, rtol=2e-3)
 
 
+def test_novelty_among_images_that_are_searched_by_the_nearest_neighbours_of_pytorch_ood() -> None:
+    index, queries = clusters(400, 1)[0], torch.cat([clusters(50, 2)[0], clusters(50, 3, spread=2.0)[0]])
+    known = torch.zeros(400, dtype=torch.int64)
+    own = detectors.KNN(None, k=1, normalize=False).fit_features(index, known).predict_features(queries)
+    # Each image of the index is its own nearest; the second one counts.
+    usual = detectors.KNN(None, k=2, normalize=False).fit_features(index, known).predict_features(index)
+    expected = (usual[None] < own[:, None]).double().mean(1)
+    found = index_novelty(queries, index, sample=400)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1.5 / 400)
+    assert found[:50].mean() < 0.7 < found[50:].mean()
+    # In the index itself an image is left out of its own neighbours: as many are less strange as its rank says.
+    left = index_novelty(index[:60], index, left_out=torch.arange(60), sample=400)
+    np.testing.assert_allclose(left.numpy(), (usual[None] < usual[:60, None]).double().mean(1).numpy(), atol=1.5 / 400)
+
+
 def test_it_agrees_with_pytorch_ood(monkeypatch: pytest.MonkeyPatch) -> None:
-    detectors = pytest.importorskip("pytorch_ood.detector")
     monkeypatch.setattr(module, "SHRINKAGE", 0.0)
     vectors, labels = clusters(800, 1)
     peer = detectors.Mahalanobis(None).fit_features(vectors, labels)
