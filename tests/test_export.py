@@ -23,16 +23,21 @@ from idml.data.collection import read_collection
 from idml.errors import UserError
 from idml.models import uncertainty_score
 from tests.calibrated_models import write_calibrating_photos, write_calibrating_searched
-from tests.tiny_models import CLASSIFIERS, EMBEDDERS, train_tiny
+from tests.tiny_models import CLASSIFIERS, train_tiny
 
-FAST = ("live", "retrieval live", "vit")
-KINDS = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in (*CLASSIFIERS, *EMBEDDERS)]
-"""Models that every format but ONNX is tested on."""
 
-ONNX_FAST = ("retrieval live",)
-ONNX_KINDS = [
-    kind if kind in ONNX_FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in (*CLASSIFIERS, *EMBEDDERS)
-]
+def kinds(*names: str, slow: tuple[str, ...]) -> list[Any]:
+    """Parameters of a test: kinds of models, those that take long marked so."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+KINDS = kinds(
+    *("live", "retrieval live", "vit"),
+    slow=("off", "released", "mobilenetv3", "retrieval off", "retrieval released", "retrieval vit"),
+)
+"""Models that every format but ONNX is tested on: each output that there may be, and each kind of backbone."""
+
+ONNX_KINDS = kinds("retrieval live", slow=("off", "released", "mobilenetv3", "vit", "retrieval off", "retrieval vit"))
 
 
 class Models:
@@ -195,7 +200,7 @@ def test_an_export_that_is_not_the_model_is_removed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_that_are_not_the_models_are_told(
+def test_scores_that_are_not_the_models_are_reported(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A novelty that is off by more than what rounding can do to a rank."""
