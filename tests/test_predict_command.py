@@ -261,6 +261,20 @@ def test_promises_that_cannot_be_given(root: Path, tmp_path: Path, capsys: pytes
         message = f"{flag}: expected a number between 0 and 1, got {float(value):g}"
         assert message in fails(capsys, *rest, flag, value), flag
     assert list(tmp_path.iterdir()) == []
+    with pytest.warns(UserWarning, match="--confidence has no effect without --max-risk"):
+        run(*rest, "--confidence", 0.9)
+
+
+def test_a_higher_confidence_answers_no_more(
+    root: Path, model: idml.TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*given(root), "--out", tmp_path / "P.csv", "--max-risk", 0.1, "--confidence", 0.5)
+    bold, usual = (model.thresholds(0.1, confidence, None)[0] for confidence in (0.5, 0.95))
+    assert bold is not None and usual is not None and bold > usual
+    rows = rows_of(tmp_path / "P.csv")
+    assert [row["decision"] == "answer" for row in rows] == [float(row["p_wrong"]) <= bold for row in rows]
+    error = fails(capsys, *given(root), "--out", tmp_path / "Q.csv", "--max-risk", 0.1, "--confidence", 0.9999)
+    assert "cannot be promised with confidence 0.9999" in error
 
 
 def test_outputs_that_cannot_be(

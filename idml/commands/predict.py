@@ -26,6 +26,7 @@ from idml.data.names import printable
 from idml.embedding_file import Columns, pyarrow
 from idml.embedding_parts import Parts, begin_parts, make_parts, parts_key
 from idml.errors import UserError, nobody_reads
+from idml.introspection_report import USUAL_CONFIDENCE
 from idml.paths import nearest_path
 from idml.prediction_file import COLUMNS, Format, as_csv, columns_of, format_of, rows_of, write_rows
 from idml.signals import StopSignals
@@ -48,7 +49,7 @@ class PredictOptions(ImageOptions):
     )
     out: str | None = option(None, "file to write: .csv, .parquet or .jsonl; - writes CSV to the standard output", "-o")
     max_risk: float | None = option(None, "refuse where more than this share of answers would be wrong, 0.05 say")
-    confidence: float = option(0.95, "with which --max-risk is kept")
+    confidence: float | None = option(None, "with which --max-risk is kept; default: 0.95")
     coverage: float | None = option(
         None, "name as many classes as it takes for the true one to be among them in this share of images"
     )
@@ -72,7 +73,8 @@ def predict(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"{model.source} is a retrieval model: it has no classes to predict. See python -m idml search"
             )
-        thresholds = model.thresholds(config.max_risk, config.confidence, config.coverage)
+        confidence = USUAL_CONFIDENCE if config.confidence is None else config.confidence
+        thresholds = model.thresholds(config.max_risk, confidence, config.coverage)
         if model.introspection is None:
             warnings.warn(
                 f"{model.source} has no introspection: p_wrong and novelty stay empty. To have them: python -m idml "
@@ -92,6 +94,8 @@ def predict(arguments: Sequence[str]) -> None:
 def _output(config: PredictOptions) -> tuple[Path | None, Format]:
     """(file, or None for the standard output; format); UserError where it cannot be."""
     check_shares(config, ("max_risk", "confidence", "coverage"))
+    if config.confidence is not None and config.max_risk is None:
+        warnings.warn("--confidence has no effect without --max-risk", UserWarning, stacklevel=2)
     if config.files and config.data_dir is not None:
         raise UserError("expected a folder (--data-dir) or files, got both")
     if config.out is None:
