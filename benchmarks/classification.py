@@ -157,10 +157,11 @@ def runs_of(data: str, folder: Path, arguments: argparse.Namespace) -> list[Run]
             script="train_cls",
             change=f"classification:{VARIANTS[variant][1]}" if VARIANTS[variant][1] else "",
         )
-        for seed in range(1, 1 + seeds)
+        for chosen, count in ((METHODS, seeds), (set(variants).difference(METHODS), geometries))
+        for seed in range(1, 1 + count)
         for mix in MIXES
         for variant in variants
-        if seed <= (seeds if variant in METHODS else geometries)
+        if variant in chosen
     ]
 
 
