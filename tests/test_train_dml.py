@@ -254,10 +254,14 @@ def test_an_introspection_without_held_out_classes_is_not_calibrated(
 def test_too_few_classes_to_hold_any_out(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By default a tenth of them is held out; the error says how to train on all."""
+    """Asked for, it is an error; by default all are trained on, which is said."""
     folder = as_six_classes(image_folder, tmp_path / "classes")
-    error = error_line(capsys, "--dataset", "folder", "--data-dir", str(folder), "--batch-size", "6", "--ks", "1")
+    given = ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "6", "--ks", "1"]
+    error = error_line(capsys, *given, "--val-fraction", "0.2")
     assert "takes 4 training classes, got 3" in error and "--val-fraction 0 holds none out" in error
+    with pytest.warns(UserWarning, match="all classes are trained on: .* takes 4 training classes, got 3"):
+        data = read_retrieval_data(parse_dml_config(given, description="")[0])
+    assert data.val is None and len(data.train.classes) == 3
 
 
 def test_the_saved_config_repeats_the_run(runs: dict[str, Path], tmp_path: Path) -> None:

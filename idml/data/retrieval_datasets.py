@@ -17,6 +17,7 @@ from idml.data.retrieval_folder import read_csv, read_folder
 from idml.data.retrieval_readers import read_cars, read_cub, read_inshop, read_sop
 from idml.distributed import is_main, world_size
 from idml.errors import UserError
+from idml.introspection_options import DEFAULT_HELD_OUT
 from idml.losses import LOSSES
 from idml.pretrained import with_weights_preprocessing
 
@@ -48,8 +49,14 @@ def read_retrieval_data(config: DmlConfig) -> RetrievalData:
     _check_classes(data.test, "test")
     assert config.val_fraction is not None, "filled in when the options are read"
     if config.val_fraction > 0:
-        train, val = hold_out_classes(data.train, config.val_fraction, config.seed)
-        data = dataclasses.replace(data, train=train, val=val)
+        try:
+            train, val = hold_out_classes(data.train, config.val_fraction, config.seed)
+            data = dataclasses.replace(data, train=train, val=val)
+        except UserError as error:
+            if config.val_fraction != DEFAULT_HELD_OUT:
+                raise
+            if is_main():
+                warnings.warn(f"all classes are trained on: {error}", stacklevel=2)
     searched = data.test if data.gallery is None else data.gallery
     if data.gallery is None and np.bincount(data.test.labels).max() < 2:
         raise UserError("no class has two test images, so there is nothing to retrieve")
