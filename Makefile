@@ -62,8 +62,6 @@ bench-gpu: install
 	$(PY) benchmarks/bench_ism.py
 	$(PY) benchmarks/bench_dml.py
 	$(PY) benchmarks/bench_scaling.py
-	$(PY) benchmarks/reproduce.py --suite small --parts classification --model resnet18 --images 60000 \
-		--seeds 1 2 3 4 5 --processes 4 --minutes 7 --no-docs --runs runs/gpu --out benchmarks/results/reproduce-gpu.json
 
 audit: install
 	@.ci/audit

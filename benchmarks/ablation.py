@@ -63,7 +63,6 @@ FURTHER = {
     "Mixup": ([*LIVE, "--mix", "mixup"], ""),
     "plain, CutMix": ([*PLAIN, "--mix", "cutmix"], ""),
     "CutMix": ([*LIVE, "--mix", "cutmix"], ""),
-    "loss prediction": ([*LIVE, "--uncertainty-loss", "loss-prediction"], ""),
 }
 """What is changed besides, of ``MANY``."""
 

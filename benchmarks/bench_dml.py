@@ -64,7 +64,7 @@ class TwoForwards(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *parts: Tensor, spoilt: Tensor | None = None) -> list[EmbedderOutput]:
+    def forward(self, *parts: Tensor) -> list[EmbedderOutput]:
         return [self.model(images) for images in parts]
 
 
@@ -95,12 +95,12 @@ class Training:
         options = ["--dataset", "emoji-mini", "--model", model, "--image-size", str(size), "--batch-size", str(batch)]
         options += ["--loss", "Proxy_Anchor", "--ism", ism, "--mix", "mixup", "--bn-freeze", "1", "--warm", "0"]
         options += ["--precision", "fp32" if device.type == "cpu" else "bf16", "--lr", "1e-4"]
-        options += ["--uncertainty-loss", "none"] if ism == "live" else []
+        options += ["--val-fraction", "0"]
         self.config = config = parse_dml_config(options, description="")[0]
         seed_everything(config.seed)
         self.data = read_retrieval_data(config)
         classes = len(self.data.train.classes)
-        built = train_dml.build_model(config, classes)
+        built = train_dml.build_model(config)
         place_model(built, device, channels_last=config.channels_last, sync_bn=False, tf32=config.tf32)
         self.model, self.loss = built, train_dml.build_loss(config, classes).to(device)
         if variant == "released arithmetic":
@@ -136,7 +136,7 @@ class Training:
         images = train_dml.crop_and_flip(self.images, self.data, state.generator, len(self.images))
         images = train_dml.normalised(images, config, self.data.preprocessing)
         batch = train_dml.mix(images, self.labels, config, state.generator, len(images))
-        train_dml.step(state, self.guard, images, batch, None, config, len(images))
+        train_dml.step(state, self.guard, images, batch, config, len(images))
         state.epoch_losses.clear()
         self.guard._noted.clear()
 

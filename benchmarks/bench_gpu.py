@@ -47,7 +47,7 @@ def rate(device: torch.device, budget: float, peak: float | None, *, quick: bool
         steps: dict[str, Callable[[], Any]] = {"matrix product": partial(torch.matmul, left, right)}
         batches = {}
         for compiled in (False, True) if gpu and not quick else (False,):
-            for variant in ("off", "live", "live, loss prediction"):
+            for variant in ("off", "live"):
                 name = f"{variant}{', compiled' if compiled else ''}"
                 settings: dict[str, Any] = {"precision": "bf16" if gpu else "fp32", "compiled": compiled}
                 training = Training(variant, network, Path(folder) / name, device, on_cpu=not gpu, **settings)

@@ -7,9 +7,7 @@
 A step is that of the script itself, from a batch of bytes on the device to changed weights. Alternatives:
 
     off                           the plain classifier; "off, again" is another one, and shows what noise there is
-    live                          ISM alone (--uncertainty-loss none)
-    live, loss prediction         the default of --ism live: half a batch of spoilt images more for the head alone
-    live, no spoilt images        the same with --uncertainty-share 0: what the head costs without them
+    live                          the default of --ism live
     released                      the authors' formula, computed from the logits
     released, restated            the same numbers the way the authors' code gets them: class vectors by sending an
                                   identity matrix through the classifier, then a second matrix product
@@ -58,9 +56,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about it
 VARIANTS: dict[str, list[str]] = {
     "off": ["--ism", "off"],
     "off, again": ["--ism", "off"],
-    "live": ["--ism", "live", "--uncertainty-loss", "none"],
-    "live, loss prediction": ["--ism", "live"],
-    "live, no spoilt images": ["--ism", "live", "--uncertainty-share", "0"],
+    "live": ["--ism", "live"],
     "released": ["--ism", "released"],
     "released, restated": ["--ism", "released"],
 }
@@ -124,7 +120,7 @@ class Training:
     ) -> None:
         size, batch = (network.cpu_size, network.cpu_batch) if on_cpu else (network.size, network.batch)
         options = [*VARIANTS[variant], "--mix", "none", "--image-size", str(size), "--batch-size", str(batch)]
-        options += ["--lr", "0.01", "--precision", precision, "--loader", "torch"]
+        options += ["--lr", "0.01", "--precision", precision, "--loader", "torch", "--val-fraction", "0"]
         options += ["--uncertainty-dim", str(network.uncertainty_dim)] if "off" not in variant else []
         options += ["--crop-padding", "4" if size < 64 else "0", *(["--compile"] if compiled else [])]
         self.config: ClsConfig = parse_cls_config(options, description="")[0]
@@ -155,9 +151,8 @@ class Training:
         config, state, preprocessing = self.config, self.state, self.data.preprocessing
         self.model.train()
         images = train_cls.crop_and_flip(self.images, config, state.generator)
-        spoilt = train_cls.spoil(images, self.labels, config, preprocessing, state)
         batch = train_cls.colour_and_mix(images, self.labels, config, preprocessing, state.generator)
-        train_cls.step(state, self.guard, batch, spoilt, config, len(images) * distributed.world_size())
+        train_cls.step(state, self.guard, batch, config, len(images) * distributed.world_size())
         state.epoch_losses.clear()
         if images.device.type == "cpu":
             self.guard.check()
@@ -173,7 +168,6 @@ def build(variant: str, network: Network, size: int, config: ClsConfig) -> Intro
         network.classes,
         uncertainty_dim=config.uncertainty_dim,
         ism=config.ism,
-        uncertainty_loss=config.uncertainty_loss or "none",
     )
 
 
@@ -220,10 +214,7 @@ def measure(
         steps: dict[str, Callable[[], None]] = {name: training.step for name, training in trainings.items()}
         rounds = 3 if quick else None
         rows = compared(in_turn(steps, budget=budget, rounds=rounds, warmup=4, device=device), to="off")
-        profiled = {
-            name: dearest(trainings[name], device, 2 if quick else 10)
-            for name in ("off", "live", "live, loss prediction")
-        }
+        profiled = {name: dearest(trainings[name], device, 2 if quick else 10) for name in ("off", "live")}
         waited = {name: waits(training) for name, training in trainings.items()}
     images = trainings["off"].images
     return {

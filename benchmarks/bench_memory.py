@@ -99,6 +99,7 @@ def main() -> None:
         write_images(folder / "photos", arguments.images)
         both = ["--model", "resnet8_cifar", "--image-size", "16", "--threads", "1", "--workers", "2", "--no-verbose"]
         both += ["--dataset", "folder", "--cache-dir", str(folder / "cache"), "--batch-size", "100"]
+        both += ["--val-fraction", "0"]
         photos, retrieval = str(folder / "photos"), ["--embedding-size", "16", "--ks", "1", "--bn-freeze", "0"]
         scripts = {
             "train_cls.py": ["--data-dir", photos, "--method", "idml-cutmix", "--ema-decay", "0.99"],

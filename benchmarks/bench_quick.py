@@ -46,7 +46,7 @@ def steps(budget: float, rounds: int | None) -> Ratios:
     network = bench_ism.Network("resnet8_cifar", 32, 64, 32, 64, 10, 128)
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"on_cpu": True, "precision": "fp32", "compiled": False}
-        names = ("off", "live", "live, loss prediction", "released, restated")
+        names = ("off", "live", "released, restated")
         made = {name: bench_ism.Training(name, network, Path(folder), CPU, **settings) for name in names}
         rows = compared(in_turn({n: t.step for n, t in made.items()}, budget=budget, rounds=rounds), to="off")
     return {f"step: {name} / off": rows[name] for name in names[1:]}

@@ -5,7 +5,7 @@
 
 Parts:
     processes  steps of train_cls.py under torchrun, every process with the same number of images and, on the CPU, one
-               thread; off and live with loss prediction. Runs of one and of several processes take turns. Efficiency is
+               thread; off and live. Runs of one and of several processes take turns. Efficiency is
                images a second over those of one process times the number of processes. Also the seconds of an
                all-reduce of as many bytes as the network has gradients, by itself.
     paper      operations an image and parameters of ResNet-50 at 224 pixels, counted by torch; and from these, a GPU's
@@ -40,7 +40,7 @@ from idml.errors import run_main
 from idml.models import IntrospectiveClassifier
 from idml.runtime import choose_device
 
-VARIANTS = ("off", "live, loss prediction")
+VARIANTS = ("off", "live")
 ASSUMED = {
     "gpu_peak_flops": (312e12, "A100, bf16 with dense matrices: NVIDIA's data sheet; not measured"),
     "gpu_share_of_peak": (0.20, "assumption; not measured"),

@@ -80,6 +80,7 @@ def contenders(arguments: Any, folder: Path, model: str, epochs: int) -> dict[st
     """What is run, by name."""
     common = ["--method", "baseline", "--model", model, "--epochs", str(epochs), "--batch-size", str(BATCH)]
     common += ["--workers", str(WORKERS), "--threads", "1", "--no-verbose", "--image-size", "32"]
+    common += ["--val-fraction", "0"]  # as many images as the others train on, and no introspection
     common += ["--cache-dir", str(folder / "cache")]
     memory = [*common, "--dataset", "fashion-mnist", "--data-dir", str(folder / "idx")]
     files = [*common, "--dataset", "folder", "--data-dir", str(folder / "png")]

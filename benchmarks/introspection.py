@@ -33,6 +33,7 @@ from paired import write_between
 
 from idml.environment import git_commit, hardware, versions
 from idml.errors import run_main
+from idml.introspection import fit
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "errors": errors,
@@ -62,6 +63,7 @@ def main() -> None:
     if arguments.quick:
         arguments.seeds, arguments.settings = arguments.seeds[:1], arguments.settings[:1]
         arguments.out = arguments.out.with_stem(f"{arguments.out.stem}-quick")
+        arguments.processes, fit.LEAST_STEPS = 1, 60
     stored = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         arguments.runs = (arguments.runs or Path(temporary)).resolve()

@@ -126,7 +126,8 @@ def novelty(arguments: argparse.Namespace) -> dict[str, Any]:
     for run in runs_of(setting, arguments):
         model, data = open_run(run)
         known = look_at(model, data.test)
-        other = {name: look_at(model, as_dataset(make(), data.test)) for name, make in SETS.items()}
+        count = 200 if arguments.quick else None
+        other = {name: look_at(model, as_dataset(make()[:count], data.test)) for name, make in SETS.items()}
         scores = detectors(model, look_at(model, data.train))
         for name, score in scores.items():
             clean = score(known)
@@ -202,7 +203,7 @@ def labels(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed in arguments.seeds:
         count = 1_500 if arguments.quick else IMAGES.get(setting, 20_000)
         folder = arguments.runs / f"planted-{count}-s{seed}"
-        planted = subset_of_fashion_mnist(folder, count, wrong=WRONG_LABELS, seed=seed)
+        planted = subset_of_fashion_mnist(folder, count, wrong=WRONG_LABELS, seed=seed, embedded=arguments.quick)
         one = argparse.Namespace(**(vars(arguments) | {"seeds": [seed]}))
         run = runs_of(setting, one, "--data-dir", str(folder), name=f"{setting}, planted")[0]
         model, data = open_run(run)
@@ -255,7 +256,7 @@ def memorised(arguments: argparse.Namespace) -> dict[str, Any]:
 
     folder = arguments.runs / "fashion-mnist-3000"
     if not folder.exists():
-        subset_of_fashion_mnist(folder, 300 if arguments.quick else 3_000)
+        subset_of_fashion_mnist(folder, 300 if arguments.quick else 3_000, embedded=arguments.quick)
     more += ["--data-dir", str(folder), "--val-fraction", "0.33", "--batch-size", "128"]
     for run in runs_of(setting, few, *more, name="memorised"):
         model, data = open_run(run)

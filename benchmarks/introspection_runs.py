@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -16,6 +17,7 @@ from fashion import subset_of_fashion_mnist
 from PIL import Image
 from torch import Tensor
 
+import train_cls
 from augment import normalise
 from idml.checkpoint import read_checkpoint
 from idml.config import build_config
@@ -86,7 +88,7 @@ def options_of(setting: str, folder: Path, weights: str | None, *, quick: bool) 
         count = 1_500 if quick else IMAGES.get(setting, TRAINING_IMAGES)
         data = folder / f"fashion-mnist-{count}"
         if not data.exists():
-            subset_of_fashion_mnist(data, count)
+            subset_of_fashion_mnist(data, count, embedded=quick)
         options += ["--data-dir", str(data)]
     if setting == "emoji by vendor":
         options += ["--data-dir", str(emoji_folder(folder / "emoji"))]
@@ -98,20 +100,31 @@ def options_of(setting: str, folder: Path, weights: str | None, *, quick: bool) 
 
 
 def train_all(jobs: list[tuple[str, list[str], Path]], processes: int) -> None:
-    """Runs of train_cls.py, each of one thread; those whose folder is whole are not made again."""
+    """Runs of train_cls.py, each of one thread; those whose folder is whole are not made again.
+
+    One at a time is trained in this process, which has imported all that it takes.
+    """
 
     def one(job: tuple[str, list[str], Path]) -> None:
         name, options, run = job
         if (run / "results.json").exists():
             return
-        command = [sys.executable, str(ROOT / "train_cls.py"), *options, "--threads", "1", "--no-verbose"]
-        command += ["--resume", "auto", "--output-dir", str(run)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        options = [*options, "--threads", "1", "--no-verbose", "--resume", "auto", "--output-dir", str(run)]
+        if processes == 1:
+            with contextlib.redirect_stdout(None):
+                train_cls.main(options)
+        else:
+            command = [sys.executable, str(ROOT / "train_cls.py"), *options]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if done.returncode != 0:
+                raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         print(f"{name}: {run.name} trained", flush=True)
 
+    if processes == 1:
+        for job in jobs:
+            one(job)
+        return
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(one, jobs))
 

@@ -6,22 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fashion import FASHION_MNIST
+from fashion import FASHION_MNIST, images_and_labels
 from torch.nn import functional
 
 from augment import shift_images
-from idml.data.datasets import read_idx
 from idml.data.emoji import load_embedded
 
-KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 COUNT = 2_000
 """Images of each set, at most."""
 
 
 def clothes() -> tuple[np.ndarray, np.ndarray]:
-    """(10,000, 28, 28) test images of Fashion-MNIST, and their labels."""
-    images, labels = (read_idx(FASHION_MNIST / f"t10k-{kind}.gz") for kind in KINDS)
-    return images, labels
+    """(N, 28, 28) test images of Fashion-MNIST, and their labels: 10,000, or, without Debian's package, 1,000."""
+    return images_and_labels("test", embedded=not FASHION_MNIST.is_dir())
 
 
 def digits() -> np.ndarray:

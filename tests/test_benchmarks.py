@@ -15,41 +15,43 @@ from typing import Any
 import pytest
 import torch
 
-from augment import SHIFTS
 from idml.models import IntrospectiveClassifier
-from idml.scores import FORESIGHT_SCORES, FREE_SCORES, ISM_SCORES
 from tests.test_train_cls import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))  # where its scripts find one another
-bench_dml, bench_ism, timing = (importlib.import_module(name) for name in ("bench_dml", "bench_ism", "timing"))
+bench_dml, bench_ism, other_data, timing = (
+    importlib.import_module(name) for name in ("bench_dml", "bench_ism", "other_data", "timing")
+)
 
 
 @pytest.mark.slow
-def test_the_uncertainty_benchmark(tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "benchmarks/uncertainty.py"), "--quick", "--processes", "1"]
-    command += ["--methods", "baseline", "ism", "ism + foresight", "--out", str(out)]
+def test_what_introspection_is_worth(tmp_path: Path) -> None:
+    """Every part on few images of the package; a page of documentation stays as it is."""
+    page = tmp_path / "page.md"
+    page.write_text("as it was", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks/introspection.py"), "--quick"]
+    command += ["--out", str(tmp_path / "figures.json"), "--docs", str(page)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert page.read_text(encoding="utf-8") == "as it was"
     stored = json.loads((tmp_path / "figures-quick.json").read_text(encoding="utf-8"))
-    rows = stored["fashion-mnist"]["rows"]
-    assert list(rows["baseline"][0]["scores"]) == list(FREE_SCORES)
-    assert list(rows["ism"][0]["scores"]) == [*FREE_SCORES, *ISM_SCORES]
-    assert list(rows["ism + foresight"][0]["scores"]) == [*FREE_SCORES, *ISM_SCORES, *FORESIGHT_SCORES]
-    chance = rows["baseline"][0]["scores"]["random"]
-    assert all(0.4 < chance[name] < 0.6 for name in ("error_auroc", *SHIFTS, "other set"))
-    assert rows["baseline"][0]["run"]["top1"] < 1
-    assert set(stored["digits"]["rows"]) == {"baseline", "ism", "ism + foresight"}
-    found = stored["retrieval"]["rows"]
-    free = {"1 - top similarity", "gap to the second", "-|feature|", "random"}
-    assert set(found["ProxyAnchor live"][0]["scores"]) == free | {"|u|"}
-    own = found["ProxyAnchor live + foresight"][0]["scores"]
-    assert set(own) == free | {"foreseen loss", "altered", "belief apart", "P(wrong)"}
-    less = stored["retrieval"]["differences"]["ProxyAnchor live + foresight"]["R@1, less that of ProxyAnchor off"]
-    runs = [found[name][0]["run"]["R@1"] for name in ("ProxyAnchor live + foresight", "ProxyAnchor off")]
-    assert less == [runs[0] - runs[1]]
-    assert "| ism + foresight |" in done.stdout and "| ProxyAnchor live |" in done.stdout
+    assert list(stored) == ["errors", "novelty", "promise", "labels", "memorised", "near"]
+    for name, part in stored.items():
+        assert part["hardware"] and part["versions"]["torch"] and "commit" in part and part["seeds"] == [1]
+        assert f"\n{name}\n\n{part['table']}\n" in done.stdout
+    ((setting, found),) = stored["errors"]["rows"].items()
+    assert setting.startswith("Fashion-MNIST, plain")
+    assert {"P(wrong)", "1 - max softmax", "temperature scaling", "flip averaging", "MC dropout"} <= set(found)
+    assert found["P(wrong)"][0]["error_auroc"] > found["1 - max softmax"][0]["error_auroc"]
+    assert 0.1 < found["P(wrong)"][0]["accuracy"] < 1
+    ours, free = (stored["novelty"]["rows"][name] for name in ("novelty (ours)", "1 - max softmax"))
+    assert list(ours) == list(other_data.SETS) and all(0 <= values[0] <= 1 for values in ours.values())
+    assert ours["noise"][0] > free["noise"][0] and ours["noise"][0] > 0.8
+    assert 0 <= stored["promise"]["rows"][setting][0]["broken"] <= 1
+    assert stored["labels"]["rows"]["audit"][0] > 0.2, "a random ranking has 0.05 of them in its first 5 %"
+    assert {"training images alone", "held-out images, cross-fitted", "by the rule"} <= set(stored["memorised"]["rows"])
+    assert stored["near"]["rows"]["novelty (ours)"][0] > 0.6
 
 
 def run_quick(script: str, out: Path, *options: str) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def test_the_curve_of_the_retrieval_figures(tmp_path: Path) -> None:
 def test_what_a_gpu_is_used_for(tmp_path: Path) -> None:
     parts = run_quick("bench_gpu.py", tmp_path / "gpu.json", "--device", "cpu", "--peak-tflops", "0.1")
     rate = parts["rate, cpu"]
-    assert set(rate["variants"]) == {"off", "live", "live, loss prediction"}
+    assert set(rate["variants"]) == {"off", "live"}
     for row in rate["variants"].values():
         images = sorted(row["images_per_second"])[1]
         assert row["n"] == 3 and row["operations_per_second"] == pytest.approx(images * rate["operations_per_image"])
