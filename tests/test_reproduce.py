@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.test_train_cls import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import paired
+import reproduce
 import reproduce_paper
 
 DOCUMENT = "Before.\n\n{}\nBetween.\n\n{}\nAfter.\n"
@@ -101,13 +103,13 @@ def test_without_data_every_row_says_so(tmp_path: Path) -> None:
     assert {"hardware", "versions", "commit", "command"} < set(stored)
 
 
-def test_mistakes_are_reported_before_anything_runs(tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
         (["--rows", "cub/idml_mss"], "no published row cub/idml_mss; did you mean cub/idml_ms"),
         (["--processes", "0"], "--processes: expected at least 1, got 0"),
         (["--docs", str(tmp_path / "no.md")], "--docs: there is no file"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments, "--runs", str(tmp_path / "runs")])
+        with pytest.raises(UserError, match=re.escape(message)):
+            reproduce.main()
+    assert not list(tmp_path.iterdir())
