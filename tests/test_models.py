@@ -177,6 +177,20 @@ def test_the_lines_in_the_readme_train_a_classifier() -> None:
     assert scope["model"].uncertainty_head.weight.grad.abs().sum() > 0
 
 
+def test_the_lines_in_the_readme_introspect_it() -> None:
+    """The README's next example, with the classifier of the one before: nothing is right yet, which is said."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- introspect -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert code is not None
+    pixels = torch.randint(0, 256, (24, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = IntrospectiveClassifier("resnet8_cifar", 4, uncertainty_dim=8)
+    scope: dict = {"model": model, "images": pixels, "labels": torch.arange(24) % 4}
+    with pytest.warns(UserWarning, match="24 held-out images"):
+        exec(code.group(1), scope)
+    found = scope["introspected"].predict(pixels)
+    assert len(found.p_wrong) == 24 and all(0 <= p <= 1 for p in found.p_wrong)
+
+
 def mean_exponent(model: IntrospectiveClassifier) -> torch.Tensor:
     """Of all comparisons of some images, from what the model gives."""
     output = model(images())
