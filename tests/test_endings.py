@@ -18,10 +18,11 @@ from tests.test_users_files import put_classes
 
 OPTIONS = ["--model", "resnet8_cifar", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--loader", "torch"]
 OPTIONS += ["--max-steps", "2"]
+ALL = ["--val-fraction", "0"]  # there are two classes to train on
 
 RUNS = {
     "classes": ["train_cls.py", "--dataset", "folder", "--data-dir", "split", *OPTIONS],
-    "retrieval": ["train_dml.py", "--dataset", "folder", "--data-dir", "photos", "--ks", "1", *OPTIONS],
+    "retrieval": ["train_dml.py", "--dataset", "folder", "--data-dir", "photos", "--ks", "1", *ALL, *OPTIONS],
     "table": [
         "train_dml.py",
         "--dataset",
@@ -32,6 +33,7 @@ RUNS = {
         "1",
         "--eval-every",
         "2",
+        *ALL,
         *OPTIONS,
     ],
 }

@@ -358,6 +358,8 @@ def test_a_process_bound_to_one_cpu_ends(tmp_path: Path) -> None:
         "ffcv",
         "--cache-dir",
         "cache",
+        "--val-fraction",
+        "0",
         "--max-steps",
         "1",
         "--output-dir",

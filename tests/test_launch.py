@@ -17,7 +17,7 @@ from tests.test_train_cls import ROOT
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 QUICK = ["--method", "baseline", "--model", "resnet8_cifar", "--max-steps", "1", "--batch-size", "8", "--threads", "1"]
-QUICK += ["--dataset", "digits"]
+QUICK += ["--dataset", "digits", "--no-introspect"]
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 SHORT = """

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from tests.test_distributed import launch
 from tests.test_train_cls import ROOT
 
 QUICK = ["--method", "baseline", "--model", "resnet8_cifar", "--max-steps", "1", "--batch-size", "8", "--threads", "1"]
-QUICK += ["--dataset", "digits", "--no-verbose"]
+QUICK += ["--dataset", "digits", "--no-verbose", "--no-introspect"]
 
 
 def at_once(count: int, function: Callable[[], Any]) -> list[Any]:
     """What ``function`` gives, or the text of its error, in so many processes that call it at the same moment."""
     context = multiprocessing.get_context("fork")
-    start, results = context.Barrier(count), context.Queue()
+    start, end, results = context.Barrier(count), context.Barrier(count), context.Queue()
 
     def process() -> None:
         start.wait()
@@ -37,7 +36,7 @@ def at_once(count: int, function: Callable[[], Any]) -> list[Any]:
             results.put(function())
         except UserError as error:
             results.put(f"error: {error}")
-        time.sleep(0.5)  # none has ended while another one begins
+        end.wait(60)  # none has ended while another one begins
 
     processes = [context.Process(target=process) for _ in range(count)]
     for each in processes:
