@@ -60,8 +60,7 @@ from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
 from idml.evaluation import Evaluation, evaluate, probe_uncertainty
-from idml.introspecting import introspect_network, with_stored_introspection
-from idml.introspection.introspected import Introspected
+from idml.introspecting import introspect_trained, with_stored_introspection
 from idml.metrics.classification import classification_metrics, uncertainty_metrics
 from idml.models import IntrospectiveClassifier
 from idml.nonfinite import FiniteGuard
@@ -222,7 +221,7 @@ def train(
         saver.stop_if_asked()
 
     if config.introspect:
-        model, about = introspect(config, data, state)
+        model, about = introspect_trained(state.evaluated_model, "classification", data, config)
         metrics, test = evaluate_model(config, data, loaders, model)
         saver.end_introspection(metrics, model.introspection)
         say(introspection_line(metrics, model.introspection.spec))
@@ -237,25 +236,6 @@ def train(
             errors = [100 * (1 - figures[key]) for key in ("top1", "top5") if key in figures]
             say(f"{word} accuracy (top-1 and 5 error): {' '.join(map(str, errors))}")
     return results
-
-
-def introspect(config: ClsConfig, data: DataSplits, state: TrainingState) -> tuple[Introspected, dict[str, Any]]:
-    """The trained network with what it can say of itself, fitted to training and held-out images; and about the fit."""
-    if data.val is None:
-        say("warning: no images were held out (--val-fraction), so P(wrong) will not be calibrated")
-    fitted = introspect_network(
-        state.evaluated_model,
-        "classification",
-        len(data.train.classes),
-        data.preprocessing,
-        train=data.train,
-        held_out=data.val,
-        cache_bytes=config.cache_bytes,
-        precision=config.precision,
-        workers=config.workers,
-        seed=config.seed,
-    )
-    return Introspected(state.evaluated_model, fitted.introspection), fitted.about
 
 
 def evaluate_model(

@@ -54,8 +54,7 @@ from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.environment import hardware
 from idml.epoch_loop import run_epoch
 from idml.errors import UserError, run_main
-from idml.introspecting import introspect_network, with_stored_introspection
-from idml.introspection.introspected import Introspected
+from idml.introspecting import introspect_trained, with_stored_introspection
 from idml.losses import MetricLoss, scale_uncertainty_head
 from idml.nonfinite import FiniteGuard
 from idml.optim import build_dml_optimizer, build_dml_schedule
@@ -269,7 +268,7 @@ def train(
         saver.stop_if_asked()
 
     if config.introspect:
-        introspected, about = introspect(config, data, model)
+        introspected, about = introspect_trained(model, "retrieval", data, config)
         tested, found = evaluate_model(config, data, introspected, loaders, last=True)
         saver.end_introspection(found.metrics, introspected.introspection)
         say(introspection_line(found.metrics, introspected.introspection.spec))
@@ -291,27 +290,6 @@ def evaluate_held_out(
         return {}
     held_out = embed(model, loaders.val, data.preprocessing, config.precision)
     return held_out_metrics(held_out, config, next(model.parameters()).device)
-
-
-def introspect(
-    config: DmlConfig, data: RetrievalData, model: IntrospectiveEmbedder
-) -> tuple[Introspected, dict[str, Any]]:
-    """The trained network with what it can say of itself, fitted to training and held-out classes; about the fit."""
-    if data.val is None:
-        say("warning: no classes were held out (--val-fraction), so P(wrong) will not be calibrated")
-    fitted = introspect_network(
-        model,
-        "retrieval",
-        len(data.train.classes),
-        data.preprocessing,
-        train=data.train,
-        held_out=data.val,
-        cache_bytes=config.cache_bytes,
-        precision=config.precision,
-        workers=config.workers,
-        seed=config.seed,
-    )
-    return Introspected(model, fitted.introspection), fitted.about
 
 
 def evaluate_model(

@@ -188,6 +188,33 @@ def introspect_network(
     return Fitted(fitted.introspection, fitted.about | {"seconds": round(time.perf_counter() - started, 2)})
 
 
+def introspect_trained(network: nn.Module, task: Task, data: Any, config: Any) -> tuple[Introspected, dict[str, Any]]:
+    """The last phase of a training: the network with what it can say of itself, and about the fit.
+
+    Args:
+        network: that was trained; it stays as it is.
+        task: classification, or retrieval.
+        data: of the run, with ``train``, ``val`` (or None) and ``preprocessing``.
+        config: of the run, with the options of ``IntrospectionOptions``, ``precision``, ``workers`` and ``seed``.
+    """
+    if data.val is None and distributed.is_main():
+        what = "images" if task == "classification" else "classes"
+        print(f"warning: no {what} were held out (--val-fraction), so P(wrong) will not be calibrated", flush=True)
+    fitted = introspect_network(
+        network,
+        task,
+        len(data.train.classes),
+        data.preprocessing,
+        train=data.train,
+        held_out=data.val,
+        cache_bytes=config.cache_bytes,
+        precision=config.precision,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    return Introspected(network, fitted.introspection), fitted.about
+
+
 def check_given(task: Task, train: ImageDataset | None, held_out: ImageDataset | None) -> list[ImageDataset]:
     """The data sets that have images; UserError where they do not suffice."""
     given = [part for part in (train, held_out) if part is not None and len(part)]

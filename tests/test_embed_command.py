@@ -21,7 +21,7 @@ import idml
 from idml.commands.embed import embed
 from idml.embedding_file import read_table
 from idml.embedding_parts import Parts
-from idml.errors import run_main
+from tests.one_line import error_of
 from tests.test_distributed import launch
 from tests.test_train_cls import ROOT
 from tests.tiny_models import train_tiny, write_photos, write_searched
@@ -55,14 +55,7 @@ def run(*arguments: object) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of an error with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run(*arguments))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return error_of(capsys, lambda: run(*arguments))
 
 
 @pytest.mark.parametrize("kind", ["live", "off", "retrieval live", "retrieval off"])

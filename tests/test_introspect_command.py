@@ -26,10 +26,10 @@ from idml.commands.export import export
 from idml.commands.introspect import introspect
 from idml.commands.search import search
 from idml.embedding_file import read_table
-from idml.errors import run_main
 from idml.introspecting import Reading
 from idml.introspection import fit
 from tests.calibrated_models import write_calibrating_searched
+from tests.one_line import error_of
 from tests.test_distributed import launch
 from tests.test_train_cls import ROOT
 from tests.tiny_models import train_tiny, write_photos
@@ -71,14 +71,7 @@ def run(*arguments: object) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of an error with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run(*arguments))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return error_of(capsys, lambda: run(*arguments))
 
 
 def pictures(root: Path, count: int = 9) -> list[Image.Image]:

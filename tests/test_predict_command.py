@@ -21,10 +21,10 @@ import train_cls
 from idml.commands import predict as command
 from idml.commands.predict import predict
 from idml.data.names import printable
-from idml.errors import run_main
 from idml.prediction_file import COLUMNS
 from idml.trained import TrainedModel
 from tests.calibrated_models import write_calibrating_photos
+from tests.one_line import error_of
 from tests.test_distributed import launch
 from tests.test_train_cls import ROOT
 from tests.tiny_models import train_tiny, write_searched
@@ -56,14 +56,7 @@ def run(*arguments: object) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of an error with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run(*arguments))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return error_of(capsys, lambda: run(*arguments))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

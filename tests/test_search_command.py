@@ -25,12 +25,12 @@ from idml.commands.embed import embed
 from idml.commands.search import search
 from idml.contact_sheet import MOST_ROWS
 from idml.embedding_file import EmbeddingTable, read_table
-from idml.errors import run_main
 from idml.index import EmbeddingIndex, ivfpq_shape
 from idml.retrieval_evaluation import Embedded, evidence_of
 from idml.search import introspective_dissimilarities
 from idml.similarity import introspective_similarity
 from tests.calibrated_models import write_calibrating_searched
+from tests.one_line import error_of
 from tests.tiny_models import train_tiny, write_photos, write_searched
 
 QUICK = ["--threads", "1", "--workers", "0", "--no-verbose"]
@@ -59,14 +59,7 @@ def run(*arguments: object) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of an error with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run(*arguments))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return error_of(capsys, lambda: run(*arguments))
 
 
 def results(path: Path) -> list[dict[str, str]]:
