@@ -47,6 +47,7 @@ VIT = "test_vit"
 """timm's smallest transformer; its weights want mean and std 0.5, a bicubic filter and a crop of 0.95."""
 
 TRAIN = ["--model", VIT, "--max-steps", "1", "--no-verbose", "--workers", "0", "--threads", "1", "--batch-size", "12"]
+TRAIN += ["--no-introspect", "--val-fraction", "0"]
 RETRIEVAL = ["--embedding-size", "16", "--warm", "0", "--no-nmi"]
 
 
@@ -251,7 +252,7 @@ def test_small_images_in_memory_are_normalised_for_the_weights(tmp_path: Path, w
     train_cls.main([*TRAIN, *options])
     found = idml.load(tmp_path / "run").spec.preprocessing
     assert about(found) == (HALF, HALF, CROP_SHARE, "bilinear") and found.fit == "whole"
-    without = read_splits(ClsConfig()).preprocessing
+    without = read_splits(ClsConfig(val_fraction=0.0)).preprocessing
     assert (without.mean, without.std) == (FASHION_MEAN, FASHION_STD)
 
 
@@ -287,6 +288,7 @@ def test_training_images_are_shown_as_evaluation_shows_them(
         "batch_size": 4,
         "model": VIT,
         "pretrained": weights,
+        "val_fraction": 0.0,
     }
     values |= {"ks": [1]} if dml else {}
     chosen = config(dml, **values, loader="ffcv", cache_dir=str(tmp_path / "cache"))
@@ -300,7 +302,7 @@ def test_training_images_are_shown_as_evaluation_shows_them(
 
 def test_weights_of_a_run_of_this_project_keep_its_preprocessing(tmp_path: Path, weights: str) -> None:
     """A second training on other images starts from the first one's checkpoint."""
-    small = ["--model", "resnet8_cifar", "--max-steps", "1", "--no-verbose"]
+    small = ["--model", "resnet8_cifar", "--max-steps", "1", "--no-verbose", "--no-introspect"]
     train_cls.main([*small, "--output-dir", str(tmp_path / "first")])
     first = str(tmp_path / "first/checkpoints/last.pt")
     train_cls.main([*small, "--dataset", "digits", "--pretrained", first, "--output-dir", str(tmp_path / "second")])

@@ -86,7 +86,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imagenet_labels(tmp_path: Path, flat: bool) -> None:
     val = write_imagenet(tmp_path, flat=flat)
     with pytest.warns(UserWarning, match="not the full ImageNet-1K: 10 classes, 30 training and 10 validation"):
-        data = read_splits(ClsConfig(dataset="imagenet", data_dir=str(tmp_path), batch_size=4))
+        data = read_splits(ClsConfig(dataset="imagenet", data_dir=str(tmp_path), batch_size=4, val_fraction=0.0))
     assert {path.name: label for path, label in zip(data.test.paths, data.test.labels, strict=True)} == val
     assert all(
         path.parent.name == data.train.classes[label]
@@ -162,7 +162,7 @@ def write_pickle(path: Path, images: np.ndarray, labels: np.ndarray, key: str) -
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(tmp_path: Path, fashion: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     expected = write_cifar(tmp_path, name, fashion, monkeypatch)
-    data = read_splits(ClsConfig(dataset=name, data_dir=str(tmp_path), batch_size=4))
+    data = read_splits(ClsConfig(dataset=name, data_dir=str(tmp_path), batch_size=4, val_fraction=0.0))
     for split, part in (("train", data.train), ("test", data.test)):
         assert np.array_equal(part.images, expected[f"{split}_images"])
         assert np.array_equal(part.labels, expected[f"{split}_labels"])

@@ -369,7 +369,7 @@ def test_the_key_reaches_the_file_and_warns_without_one(
 ) -> None:
     torch.save({"state_dict": state_of(1), "state_dict_ema": state_of(2)}, "w.pth")
     options = ["--model", MODEL, "--image-size", "32", "--max-steps", "1", "--lr", "1e-12", "--output-dir", "run"]
-    options += ["--loader", "torch", "--batch-size", "8", "--no-verbose"]
+    options += ["--loader", "torch", "--batch-size", "8", "--no-verbose", "--no-introspect"]
     options += ["--no-nmi"] if script is train_dml else []
     script.main([*options, "--pretrained", "w.pth", "--pretrained-key", "state_dict"])
     assert "weights: state_dict of w.pth (state_dict_ema is there too" in capsys.readouterr().out
