@@ -221,7 +221,7 @@ def _read_parquet(path: Path, wanted: Names[str] | None) -> EmbeddingTable:
         raise UserError(f"{path} is damaged, or no Parquet file: {error}") from None
     numbers: Columns = {}
     top_classes = None
-    for name in set(names) - set(TEXTS):
+    for name in sorted(set(names) - set(TEXTS)):
         column = table.column(name).combine_chunks()
         if name == "top_classes":
             top_classes = column.to_pylist()

@@ -424,7 +424,7 @@ def test_another_model_is_an_error(base: Path, tmp_path: Path, capsys: pytest.Ca
     gone = rewritten(table, index, tmp_path / "E.parquet", checkpoint=str(tmp_path / "gone.pt"))
     assert "is not at" in fails(capsys, *query, "--index", gone)
     run(*query, "--index", gone, "--checkpoint", base / "retrieval live")
-    wide = rewritten(table, index, tmp_path / "E.parquet", dimensions={"semantic": 32, "belief": 128})
+    wide = rewritten(table, index, tmp_path / "E.parquet", dimensions=table.about["dimensions"] | {"semantic": 32})
     assert "is damaged: its column embedding is not 60 vectors of 32 numbers" in fails(capsys, *query, "--index", wide)
     bare = tmp_path / "bare.pt"
     torch.save(torch.load(base / "retrieval live/checkpoints/last.pt", weights_only=True)["model"], bare)
