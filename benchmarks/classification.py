@@ -79,7 +79,7 @@ COSINE_SCALE = 16.0
 """Of cosine logits; of the order of the 16 to 64 that normalised softmax losses take."""
 
 RECIPE_COLUMNS = {"top-1": "top1", "lowest top-1 from epoch 2 on": "lowest/top1", "NLL": "nll"}
-COLUMNS = {"top-1": "top1", "NLL": "nll", "ECE": "ece", "seconds": "wall_seconds"}
+COLUMNS = {"top-1": "top1", "NLL": "nll", "ECE": "ece"}
 
 
 def held_out() -> Any:
@@ -180,13 +180,17 @@ def before_row(name: str) -> str | None:
 
 
 def report(rows: Figures, data: str) -> str:
-    """Two tables: differences in accuracy, and in NLL."""
+    """Three tables: differences in accuracy, in NLL and in ECE."""
     named = {name.removeprefix(f"{data}, "): figures for name, figures in rows.items()}
     if data == "recipe":
         return table(named, RECIPE_COLUMNS, first="top-1", plain=before_row)
     accuracy = table(named, COLUMNS, first="top-1", plain=plain_row)
     nll = table(named, {"NLL": "nll"}, first="NLL", plain=plain_row)
-    return f"{accuracy}\n\nThe same for the NLL, differences in hundredths of a nat:\n\n{nll}"
+    ece = table(named, {"ECE": "ece"}, first="ECE", plain=plain_row)
+    return (
+        f"{accuracy}\n\nThe same for the NLL, differences in hundredths of a nat:\n\n{nll}"
+        f"\n\nThe same for the ECE:\n\n{ece}"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
