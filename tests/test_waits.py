@@ -48,7 +48,7 @@ def test_reading_and_copying_are_seen() -> None:
 
 
 @pytest.mark.parametrize("mix", ["none", "mixup", "cutmix"])
-@pytest.mark.parametrize("variant", ["off", "live", "live, loss prediction", "released"])
+@pytest.mark.parametrize("variant", ["off", "live", "released"])
 def test_a_classification_step_waits_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, mix: str
 ) -> None:
