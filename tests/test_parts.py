@@ -77,7 +77,7 @@ def photos(in_tmp: Path) -> list[str]:
         (["--batch-size", "6", "--grad-accum", "3"], "steps of 2 images go through in 1 part, not 3"),
         (["--batch-size", "6", "--grad-accum", "6"], "in 3 parts, not 6"),
         (["--batch-size", "12", "--grad-accum", "3"], "steps of 2 images go through in 1 part"),
-        (["--batch-size", "1", "--bn-freeze"], ""),
+        (["--batch-size", "1", "--bn-freeze", "--lr", "0.01"], ""),
         (["--batch-size", "25"], ""),
     ],
 )

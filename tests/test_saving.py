@@ -101,6 +101,23 @@ def test_stopping_says_what_is_known_and_saves_nothing_broken(tmp_path: Path) ->
         assert all(torch.isfinite(loss) for loss in state["epoch_losses"])
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps may have been finite, and the network be one that gives no numbers for a test image."""
+    forward = IntrospectiveClassifier.forward
+
+    def broken(self: IntrospectiveClassifier, images: torch.Tensor) -> ClassifierOutput:
+        output = forward(self, images)
+        bad = torch.zeros(len(images), 1)
+        bad[0] = 0 if self.training else math.nan
+        return output._replace(logits=output.logits + bad, introspective_logits=output.introspective_logits + bad)
+
+    monkeypatch.setattr(IntrospectiveClassifier, "forward", broken)
+    with pytest.raises(
+        TrainingError, match=r"non-finite test loss \(nan\) after step 1; the last finite checkpoint is"
+    ):
+        train_cls.main([*CLS, "--max-steps", "1", "--output-dir", str(tmp_path / "run")])
+
+
 FULL_DISK = """
 import resource, signal, sys
 import train_cls

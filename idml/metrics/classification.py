@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,12 +95,14 @@ def uncertainty_metrics(predictions: Predictions, *, ism_on: bool) -> dict[str, 
         With ISM ``uncertainty_test``, the mean of |u|. ``error_auroc_max_softmax``, ``e_aurc_max_softmax``: of
         1 - max softmax. With an introspection ``error_auroc``, ``e_aurc``, of ``p_wrong``; ``error_ece``, its
         calibration error as a probability; ``coverage_at_5_risk``, the share of images that could be answered with 5 %
-        errors. See ``selective_metrics``. NaN where all answers are right, or all wrong.
+        errors. See ``selective_metrics``. NaN where all answers are right, or all wrong, or not finite.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # slow to import: only where used
 
     right = predictions.predicted == predictions.label
     metrics = {"uncertainty_test": predictions.uncertainty.mean().item()} if ism_on else {}
+    if not predictions.confidence.isfinite().all():  # the network has diverged, which its loss says
+        return metrics | dict.fromkeys(("error_auroc_max_softmax", "e_aurc_max_softmax"), math.nan)
     free = selective_metrics(1 - predictions.confidence, right)
     metrics |= {"error_auroc_max_softmax": free["error_auroc"], "e_aurc_max_softmax": free["e_aurc"]}
     if not predictions.p_wrong.isnan().any():
