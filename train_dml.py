@@ -257,7 +257,6 @@ def train(
             metrics |= evaluate_held_out(config, data, model, loaders)
             # With an introspection there is one more evaluation: large sets are clustered once.
             tested, found = evaluate_model(config, data, model, loaders, last=last and not config.introspect)
-            run.check_finite("test embedding", tested.semantic.abs().max().item(), state.step)
             metrics |= found.metrics
             if config.ism != "off":
                 metrics["uncertainty_test"] = tested.uncertainty.mean().item()

@@ -13,6 +13,7 @@ from idml.data.image_dataset import Preprocessing
 from idml.data.retrieval_data import RetrievalData
 from idml.data.torch_loader import Loader
 from idml.distributed import gather_interleaved
+from idml.errors import TrainingError
 from idml.introspection.calibration import search_evidence
 from idml.introspection.introspection import Introspection
 from idml.metrics import nearest_neighbours, retrieval_auroc, retrieval_metrics
@@ -77,6 +78,9 @@ def embed(model: nn.Module, loader: Loader, preprocessing: Preprocessing, precis
 
     Returns:
         All embeddings, in the data set's order, on every rank.
+
+    Raises:
+        TrainingError: some are not finite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -91,7 +95,14 @@ def embed(model: nn.Module, loader: Loader, preprocessing: Preprocessing, precis
         belief = norm.new_zeros(len(norm), 0) if scores is None else scores.belief
         columns = [column.float().cpu() for column in (output.semantic, score, norm, foreseen, belief)]
         batches.append([*columns[:3], labels, *columns[3:]])
-    return Embedded(*gather_interleaved([torch.cat(columns) for columns in zip(*batches, strict=True)]))
+    embedded = Embedded(*gather_interleaved([torch.cat(columns) for columns in zip(*batches, strict=True)]))
+    bad = int((~embedded.semantic.isfinite().all(1)).sum())
+    if bad:
+        raise TrainingError(
+            f"non-finite embeddings of {bad} of {len(embedded.semantic)} images: the network has diverged, or its "
+            "weights are damaged. Try a lower --lr, or --precision bf16 in place of fp16"
+        )
+    return embedded
 
 
 def evidence_of(queries: Embedded, searched: Embedded, neighbours: Tensor, similarities: Tensor) -> Tensor:

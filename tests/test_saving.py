@@ -21,6 +21,7 @@ import train_cls
 import train_dml
 from idml import checkpoint_files, saving
 from idml.checkpoint_files import read_verified, write_checkpoint
+from idml.embedder import EmbedderOutput, IntrospectiveEmbedder
 from idml.errors import StorageError, TrainingError, UserError
 from idml.models import ClassifierOutput, IntrospectiveClassifier
 from idml.saving import estimated_bytes
@@ -116,6 +117,17 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypa
         TrainingError, match=r"non-finite test loss \(nan\) after step 1; the last finite checkpoint is"
     ):
         train_cls.main([*CLS, "--max-steps", "1", "--output-dir", str(tmp_path / "run")])
+    embed = IntrospectiveEmbedder.forward
+
+    def broken_too(self: IntrospectiveEmbedder, images: torch.Tensor) -> EmbedderOutput:
+        output = embed(self, images)
+        return output if self.training else output._replace(semantic=output.semantic * math.nan)
+
+    monkeypatch.setattr(IntrospectiveEmbedder, "forward", broken_too)
+    for held_out, expected in (("0.1", "168 of 168"), ("0", "1680 of 1680")):
+        options = ["--max-steps", "1", "--val-fraction", held_out, "--output-dir", str(tmp_path / f"run {held_out}")]
+        with pytest.raises(TrainingError, match=f"non-finite embeddings of {expected} images: .* a lower --lr"):
+            train_dml.main([*DML, *options])
 
 
 FULL_DISK = """
