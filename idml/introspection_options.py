@@ -37,4 +37,6 @@ def resolve_introspection(config: Any, published: Container[str]) -> None:
 
 def unused_introspection(config: Any) -> dict[str, str]:
     """Those of the options that change nothing, and why."""
+    if config.eval_only:
+        return dict.fromkeys(("introspect", "cache_bytes"), "--eval-only fits nothing; see python -m idml introspect")
     return {} if config.introspect else {"cache_bytes": "nothing is read after training (--no-introspect)"}

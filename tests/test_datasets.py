@@ -145,6 +145,18 @@ def test_a_folder_given_as_two_directories_or_as_one(image_folder: Path) -> None
     assert (len(both.train), len(both.val), len(both.test)) == (27, 9, 12)
 
 
+def test_what_introspects_is_not_what_tests(image_folder: Path) -> None:
+    """Class folders alone: a share is the test, and where the model is introspected another share is held out."""
+    alone = str(image_folder / "train")
+    plain = read_splits(folder_config(image_folder, data_dir=alone, val_fraction=0.25))
+    data = read_splits(folder_config(image_folder, data_dir=alone, val_fraction=0.25, introspect=True))
+    assert plain.val is None and data.val is not None
+    assert [len(plain.train), len(plain.test)] == [27, 9]
+    assert [len(data.train), len(data.val), len(data.test)] == [21, 6, 9]
+    assert data.test.paths == plain.test.paths
+    assert len({*data.train.paths, *data.val.paths, *data.test.paths}) == 36
+
+
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
     from sklearn.datasets import load_sample_image
 

@@ -200,8 +200,8 @@ def read_splits(config: ClsConfig) -> DataSplits:
 
     Where the config leaves ``image_size``, ``flip`` and ``crop_padding`` open, the data set's own values are filled in.
     Images are prepared as the run's weights expect them (see ``with_weights_preprocessing``).
-    ``--val-fraction`` holds images out of the training images: as validation split, or, where the data set has no test
-    split, as the test images.
+    ``--val-fraction`` holds images out of the training images: as validation split, and, where the data set has no test
+    split, the same share before that as the test images; without ``--introspect`` there are then no others.
 
     Raises:
         UserError: data missing or damaged, one class only, an empty class, fewer images than a batch; or the run's
@@ -211,9 +211,11 @@ def read_splits(config: ClsConfig) -> DataSplits:
     train, test, val = source.train, source.test, None
     _check_labels(train, "training")
     assert config.val_fraction is not None, "filled in when the options are read"
+    own_test = test is not None
     if test is None:
         train, test = hold_out(train, config.val_fraction, config.seed)
-    elif config.val_fraction > 0:
+    # What introspects a model is not to be what tests it.
+    if config.val_fraction > 0 and (own_test or config.introspect):
         train, val = hold_out(train, config.val_fraction, config.seed)
     _check_labels(test, "test")
     if config.batch_size > len(train):
