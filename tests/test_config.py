@@ -262,6 +262,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
         (("--data-dir", "x"), "data-dir"),
         (("--no-introspect", "--cache-bytes", "2000000"), "cache-bytes"),
         (("--val-fraction", "0", "--cache-bytes", "2000000"), "cache-bytes"),
+        (("--eval-only", "--checkpoint", "x", "--introspect"), "introspect"),
     ],
 )
 def test_an_option_without_effect_warns(arguments: tuple[str, ...], option: str) -> None:
