@@ -14,6 +14,7 @@ from idml.commands.search import SearchOptions
 from idml.config import dump_config
 from idml.config_cls import METHODS, ClsConfig, parse_cls_config, parse_model_kwargs
 from idml.errors import UserError
+from idml.introspection_options import unused_introspection
 
 
 def parse(*arguments: str) -> ClsConfig:
@@ -262,7 +263,6 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
         (("--data-dir", "x"), "data-dir"),
         (("--no-introspect", "--cache-bytes", "2000000"), "cache-bytes"),
         (("--val-fraction", "0", "--cache-bytes", "2000000"), "cache-bytes"),
-        (("--eval-only", "--checkpoint", "x", "--introspect"), "introspect"),
     ],
 )
 def test_an_option_without_effect_warns(arguments: tuple[str, ...], option: str) -> None:
@@ -284,3 +284,10 @@ def test_every_config_file_parses_without_a_warning() -> None:
 def test_every_option_has_help() -> None:
     for field in dataclasses.fields(ClsConfig):
         assert len(field.metadata["help"]) > 8, field.name
+
+
+def test_eval_only_fits_nothing() -> None:
+    """The config of such a call is that of its checkpoint, so an option that was given is looked at by itself."""
+    unused = unused_introspection(ClsConfig(eval_only=True, introspect=True))
+    assert set(unused) == {"introspect", "cache_bytes"} and "python -m idml introspect" in unused["introspect"]
+    assert unused_introspection(ClsConfig(introspect=True)) == {}

@@ -261,7 +261,6 @@ def test_a_batch_divides_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> 
         (("--skip-bad-images",), r"--skip-bad-images True has no effect: dataset emoji-mini is held in memory"),
         (("--cache-dir", "x"), r"--cache-dir x has no effect: the loader is torch"),
         (("--test-fraction", "0.3"), r"--test-fraction 0.3 has no effect: dataset emoji-mini has its own classes"),
-        (("--eval-only", "--checkpoint", "x", "--introspect"), r"--introspect True has no effect: --eval-only fits"),
         (
             ("--no-introspect", "--cache-bytes", "2000000"),
             r"--cache-bytes 2000000 has no effect: nothing is read after",
