@@ -49,7 +49,7 @@ docs: install
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term $(if $(filter 1,$(SLOW)),,-m "not slow")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=12 --cov --cov-report=term $(if $(filter 1,$(SLOW)),,-m "not slow")
 
 test-faults: install
 	FAULTS=full OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests/faults

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,36 +58,26 @@ def start(place: Path, arguments: list[str], **options: str) -> subprocess.Popen
     return subprocess.Popen([sys.executable, *script], cwd=place, text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
-def check_endings(place: Path, kinds: list[str], times: int) -> None:
-    for time in range(times):
-        for kind in kinds:
-            process = start(place, [*RUNS[kind], "--output-dir", f"run {kind} {time}"])
-            out, errors = process.communicate(timeout=300)
-            assert (process.returncode, errors) == (0, ""), f"{kind}, time {time}: {out}"
-        process = start(place, EVALUATE)
+def check_endings(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
         out, errors = process.communicate(timeout=300)
-        assert (process.returncode, errors) == (0, ""), f"evaluate, time {time}: {out}"
+        assert (process.returncode, errors) == (0, ""), f"{process.args}: {out}"
 
 
 def test_runs_that_succeed_say_nothing(place: Path) -> None:
     """With the default number of workers, of which there may be more than CPUs."""
-    check_endings(place, list(RUNS), 1)
-
-
-@pytest.fixture
-def busy() -> Iterator[None]:
-    """A process for each CPU that does nothing but compute."""
-    command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
-    yield
-    for process in processes:
-        process.kill()
-        process.wait()
+    for kind, arguments in RUNS.items():
+        check_endings(start(place, [*arguments, "--output-dir", f"run {kind} 0"]))
+    check_endings(start(place, EVALUATE))
 
 
 @pytest.mark.slow
-def test_runs_that_succeed_say_nothing_twenty_times_under_load(place: Path, busy: None) -> None:
-    check_endings(place, list(RUNS), 20)
+def test_twenty_runs_that_succeed_say_nothing_under_load(place: Path) -> None:
+    """Four programs at once, each with workers of its own: more than there are CPUs, while the last of them ends."""
+    check_endings(start(place, [*RUNS["classes"], "--output-dir", "run classes 0"]))
+    for time in range(1, 6):
+        runs = [start(place, [*arguments, "--output-dir", f"run {kind} {time}"]) for kind, arguments in RUNS.items()]
+        check_endings(*runs, start(place, EVALUATE))
 
 
 @pytest.mark.parametrize("script", ["train_cls.py", "train_dml.py"])
