@@ -9,7 +9,7 @@ import select
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from idml.signals import Interrupted, reasons
 
@@ -53,6 +53,7 @@ def run_main(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     threading.excepthook = _quiet_about_tensorboard
+    sys.unraisablehook = _quiet_about_readers
     try:
         main()
         sys.stdout.flush()
@@ -119,6 +120,13 @@ def _quiet_about_tensorboard(failure: threading.ExceptHookArgs) -> None:
     """Threads that fail are told of as usual, but for TensorBoard's: its next call raises the same error."""
     if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(failure)
+
+
+def _quiet_about_readers(unraisable: Any) -> None:
+    """Where torch hears of the end of a loader's process while Python tidies up, its error cannot be raised: the loader
+    finds the process missing all the same, and one line says so."""
+    if not str(unraisable.exc_value).startswith("DataLoader worker"):
+        sys.__unraisablehook__(unraisable)
 
 
 def leave(code: int) -> NoReturn:

@@ -174,3 +174,23 @@ def test_workers_end_with_their_loader(place: Path) -> None:
     processes = workers_of(loader)
     del loader
     assert not any(map(alive, processes)), "no circle of references keeps them"
+
+
+DELETED = """
+from idml.errors import run_main
+class Thing:
+    def __init__(self, error):
+        self.error = error
+    def __del__(self):
+        raise self.error
+def main():
+    Thing(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
+    Thing(ValueError("this is told"))
+run_main(main)
+"""
+
+
+def test_what_torch_says_while_python_tidies_up(place: Path) -> None:
+    """It cannot be raised there, and the loader says the same in a line of its own; other errors are still told of."""
+    _, errors = start(place, ["-c", DELETED]).communicate(timeout=60)
+    assert "this is told" in errors and "DataLoader worker" not in errors

@@ -117,7 +117,18 @@ def test_the_shared_memory_of_docker_at_224_pixels(base: Path, tmp_path: Path) -
         "--data-dir",
         write_photos(base / "many", train=120),
     ]
-    arguments += ["--image-size", "224", "--batch-size", "360", "--workers", "4", "--epochs", "1"]
+    arguments += [
+        "--image-size",
+        "224",
+        "--batch-size",
+        "360",
+        "--workers",
+        "4",
+        "--epochs",
+        "1",
+        "--val-fraction",
+        "0",
+    ]
     done = run_mounted(*arguments, "--output-dir", "run", shm="64m", cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     done = run_mounted(*arguments, "--batch-size", "64", "--output-dir", "small", shm="64m", cwd=tmp_path, timeout=600)
