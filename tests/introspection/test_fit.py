@@ -16,7 +16,7 @@ from idml.introspecting import introspect_network
 from idml.introspection import fit
 from idml.introspection.calibration import ErrorCalibration, classifier_evidence, odds, search_evidence
 from idml.introspection.depths import vector_length
-from idml.introspection.features import Features, kept_positions
+from idml.introspection.features import CACHE_BYTES, Features, kept_positions
 from idml.introspection.heads import Heads
 from idml.introspection.introspected import Introspected
 from idml.introspection.introspection import Introspection, IntrospectionSpec
@@ -171,12 +171,14 @@ def test_images_beyond_the_cache_are_drawn_evenly() -> None:
 
 
 def test_imagenet_fits_eight_gigabytes() -> None:
-    """1,281,167 images of ResNet-50: F = 21,248 and 1,000 logits, in half precision."""
-    labels = np.repeat(np.arange(1000), 1282)[:1_281_167]
-    kept = kept_positions(labels, 21_248 + 1_000, 8 * 10**9, 0)
-    assert 2 * (21_248 + 1_000) * len(kept) <= 8 * 10**9 < 2 * (21_248 + 1_000) * (len(kept) + 1000)
+    """1,281,167 images of ResNet-50: F = 21,248 in half precision, 1,000 logits in float32."""
+    labels, numbers = np.repeat(np.arange(1000), 1282)[:1_281_167], 21_248 + 2 * 1_000
+    assert 2 * numbers * len(labels) == pytest.approx(60e9, rel=0.01)
+    kept = kept_positions(labels, numbers, 8 * 10**9, 0)
+    assert 2 * numbers * len(kept) <= 8 * 10**9 < 2 * numbers * (len(kept) + 1000)
     counts = np.bincount(labels[kept])
     assert counts.min() >= counts.max() - 1 and counts.min() > 150
+    assert np.bincount(labels[kept_positions(labels, numbers, CACHE_BYTES, 0)]).min() == 46
 
 
 def test_evidence_by_hand() -> None:
