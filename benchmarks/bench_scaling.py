@@ -199,7 +199,6 @@ def on_paper() -> dict[str, Any]:
     return {
         "assumed": {name: {"value": each[0], "source": each[1]} for name, each in ASSUMED.items()},
         "counted_per_image": count,
-        "extra_of_loss_prediction": 0.5 * count["forward"] / count["forward_and_backward"],
         "images_per_second_per_gpu": per_gpu,
         "images_per_second_per_machine": 8 * per_gpu,
         "sent_bytes_per_step": sent,

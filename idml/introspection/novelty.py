@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 DIMENSIONS = 128
-"""Q: principal components in which distances are measured (measured in benchmarks/introspection.py)."""
+"""Q: principal components in which distances are taken; benchmarks/introspection.py compares the score with others."""
 
 SHRINKAGE = 1e-2
 """Share of the mean variance that is added to each variance: directions in which known images hardly differ would
